@@ -1,0 +1,1 @@
+"""blockjax: attention, recurrence and depth in blocks, for JAX on TPU and GPU."""

@@ -1,0 +1,1 @@
+"""Pallas and XLA kernels, one folder an op. Imported as `blockjax.kernels`."""

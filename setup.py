@@ -1,0 +1,46 @@
+"""Packaging. The folder `kernels/` is installed as `blockjax.kernels`.
+
+A top-level package named `kernels` is never installed: that name belongs to
+another project on PyPI.
+"""
+
+from setuptools import find_packages, setup
+
+KERNELS = ["blockjax.kernels", *(f"blockjax.kernels.{p}" for p in find_packages("kernels"))]
+
+setup(
+    name="blockjax",
+    version="0.1.0",
+    description="Attention, recurrence and depth in blocks, for JAX on TPU and GPU",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=[*find_packages(include=["blockjax", "blockjax.*"]), *KERNELS],
+    package_dir={"blockjax": "blockjax", "blockjax.kernels": "kernels"},
+    install_requires=[
+        "jax>=0.11.2,<0.13",
+        "flax>=0.12.6",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "ml-collections>=1.1",
+        "tensorflow-datasets>=4.9.10",
+        "array-record>=0.8",
+        "importlib-resources>=6",  # imported by tensorflow-datasets, not declared by it
+        "grain>=0.2.14",
+        "tokenizers>=0.21",
+        "sentencepiece>=0.2",
+        "pyarrow>=18",
+        "etils[epath]>=1.10",
+        "filelock>=3.13",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "rich>=13",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.11.2,<0.13"],
+        "gcs": ["gcsfs>=2024.6"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+    },
+)
