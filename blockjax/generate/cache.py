@@ -1,0 +1,83 @@
+"""A ring buffer of keys and values for one layer, as long as the layer can see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from blockjax.kernels.block_sparse_attention import block_sparse_attention
+from blockjax.masks import BlockMask, Causal, Window
+from blockjax.models import LayerSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the last C tokens of every sequence.
+
+    Token at position p lies in slot p mod C, so sequences of a batch may be of
+    unequal length.
+
+    Attributes:
+      k, v: [B, C, K, H].
+      positions: [B, C] int32 of the token in each slot; -1 where there is none.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+
+    @classmethod
+    def from_prompt(cls, k: jax.Array, v: jax.Array, lengths: jax.Array, size: int) -> KVCache:
+        """Keeps the last `size` tokens of prompts.
+
+        Args:
+          k, v: [B, T, K, H]; tokens at and beyond a sequence's length are padding.
+          lengths: [B] int32.
+          size: C.
+        """
+        last = lengths[:, None] - 1
+        # The newest position below `lengths` that falls into each slot.
+        positions = last - (last - jnp.arange(size)) % size
+        index = jnp.clip(positions, 0, k.shape[1] - 1)[..., None, None]
+        return cls(
+            jnp.take_along_axis(k, index, axis=1),
+            jnp.take_along_axis(v, index, axis=1),
+            jnp.where(positions >= 0, positions, -1),
+        )
+
+    def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
+        """Writes one token a sequence: k, v [B, 1, K, H] at positions [B]."""
+        row, slot = jnp.arange(len(positions)), positions % self.k.shape[1]
+        return KVCache(
+            self.k.at[row, slot].set(k[:, 0]),
+            self.v.at[row, slot].set(v[:, 0]),
+            self.positions.at[row, slot].set(positions),
+        )
+
+    def attend(self, q: jax.Array, spec: LayerSpec, positions: jax.Array, *, block: int, soft_cap=None) -> jax.Array:
+        """One query a sequence, q [B, 1, N, H] at positions [B], over what the layer sees of the cache."""
+        C = self.k.shape[1]
+        size = min(block, C)
+        predicate = Causal() if spec.window is None else Window(spec.window, 0)
+        mask = BlockMask.from_block_bool(
+            jnp.ones((1, 1, 1, -(-C // size)), bool), T=1, S=C, bq=1, bk=size, predicate=predicate
+        )
+        return block_sparse_attention(
+            q,
+            self.k,
+            self.v,
+            mask,
+            soft_cap=soft_cap,
+            q_positions=positions[:, None],
+            kv_positions=self.positions,
+            q_segment_ids=jnp.zeros_like(positions)[:, None],
+            kv_segment_ids=jnp.where(self.positions >= 0, 0, -1),
+        )
+
+
+def cache_size(spec: LayerSpec, max_tokens: int) -> int:
+    """C of a layer for sequences of at most `max_tokens`."""
+    return max_tokens if spec.window is None else min(spec.window, max_tokens)

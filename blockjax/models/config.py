@@ -1,0 +1,161 @@
+"""What a decoder is made of: sizes, and a table with one row per layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from blockjax.errors import UsageError, nearest
+from blockjax.masks import BlockMask
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One row of the layer table: what differs from layer to layer.
+
+    Attributes:
+      window: tokens that a query sees, itself included; None sees all earlier tokens.
+    """
+
+    window: int | None = None
+
+    def mask(self, tokens: int, block: int) -> BlockMask:
+        """What this layer sees of a sequence, as blocks of at most `block` tokens a side."""
+        size = min(block, tokens)
+        if self.window is None or self.window >= tokens:
+            return BlockMask.causal(tokens, bq=size, bk=size)
+        return BlockMask.window(tokens, left=self.window, bq=size, bk=size)
+
+    def __str__(self) -> str:
+        return "full causal" if self.window is None else f"window {self.window}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and options of the decoder in `transformer.py`.
+
+    Attributes:
+      vocab_size: V, rows of the embedding.
+      depth: L, number of layers.
+      width: M, size of the residual stream.
+      heads, kv_heads, head_dim: N, K, H. N is a multiple of K (grouped-query attention).
+      ffn: F, inner width of the SwiGLU.
+      pattern: one period of the layer table, repeated and cut to `depth`:
+        comma-separated `full` or a window in tokens, each with an optional
+        count, for example `512*3,full`.
+      tied: the output head is the embedding.
+      qk_norm: RMSNorm over H on queries and keys before RoPE.
+      soft_cap: c of c * tanh(logit / c) on attention logits; 0 turns it off.
+      rope_base: base of the rotary frequencies.
+      norm_eps: epsilon of every RMSNorm.
+      attention_block: rows and columns of a mask block, in tokens.
+      dtype: of activations and matmuls; parameters are float32.
+      remat: what the backward recomputes, a key of `transformer.REMAT`.
+    """
+
+    vocab_size: int
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    pattern: str = "full"
+    tied: bool = False
+    qk_norm: bool = True
+    soft_cap: float = 0.0
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    attention_block: int = 128
+    dtype: str = "bfloat16"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "depth", "width", "heads", "kv_heads", "head_dim", "ffn", "attention_block"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        if self.heads % self.kv_heads:
+            raise UsageError(
+                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}: "
+                "every key/value head serves the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise UsageError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs of features.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'.")
+        parse_pattern(self.pattern)
+
+    @property
+    def period(self) -> tuple[LayerSpec, ...]:
+        """The layers of one period; what a scan step runs."""
+        return parse_pattern(self.pattern)[: self.depth]
+
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The layer table, one row per layer."""
+        period = self.period
+        return tuple(period[i % len(period)] for i in range(self.depth))
+
+    def num_params(self, *, embedding: bool = True) -> int:
+        """Number of parameters; without the input embedding if it is not the head too."""
+        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
+        gains = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
+        layers = self.depth * (attention + 3 * self.width * self.ffn + gains)
+        tables = self.vocab_size * self.width * (1 if self.tied or not embedding else 2)
+        return layers + tables + self.width
+
+
+def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
+    """Reads `512*3,full` as three layers with a window of 512 and one without."""
+    specs = []
+    for part in pattern.split(","):
+        match = re.fullmatch(r"(full|[1-9]\d*)(?:\*([1-9]\d*))?", part.strip())
+        if not match:
+            raise UsageError(
+                f"model.pattern={pattern!r}: cannot read {part.strip()!r}. "
+                "Write 'full' or a window in tokens, each with an optional count, such as '512*3,full'."
+            )
+        window = None if match[1] == "full" else int(match[1])
+        specs += [LayerSpec(window)] * int(match[2] or 1)
+    return tuple(specs)
+
+
+def _size(depth: int, width: int, heads: int, kv_heads: int, ffn: int, head_dim: int = 0, tied: bool = False) -> dict:
+    return dict(
+        depth=depth,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim or width // heads,
+        ffn=ffn,
+        tied=tied,
+    )
+
+
+PRESETS: dict[str, dict] = {
+    "nano": _size(4, 192, 6, 6, 512),
+    "10m": _size(6, 384, 6, 6, 1024),
+    "30m": _size(8, 512, 8, 4, 1536),
+    "125m": _size(12, 768, 12, 4, 2304),
+    "350m": _size(24, 1024, 16, 8, 2816),
+    "760m": _size(24, 1536, 12, 4, 4096, head_dim=128),
+    "1.3b": _size(24, 2048, 16, 8, 5632),
+    "3b": _size(28, 3072, 24, 8, 8192),
+    "7b": _size(32, 4096, 32, 8, 14336),
+}
+
+
+def preset(name: str, *, vocab_size: int = 257, **overrides) -> TransformerConfig:
+    """The `TransformerConfig` of a size from `PRESETS`, with fields replaced.
+
+    Raises:
+      UsageError: the name or a field is unknown; names the nearest ones.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"Unknown model size {name!r}.{nearest(name, PRESETS)}")
+    fields = {f.name for f in dataclasses.fields(TransformerConfig)}
+    for key in overrides:
+        if key not in fields:
+            raise UsageError(f"Unknown model field {key!r}.{nearest(key, fields)}")
+    return TransformerConfig(**{"vocab_size": vocab_size, **PRESETS[name], **overrides})
+
+

@@ -1,0 +1,254 @@
+"""The decoder.
+
+Read from the bottom: `Transformer` embeds tokens, runs the layer table through
+one scan whose step is a period of it, and projects to logits. A `Block` is a
+pre-norm attention and a pre-norm SwiGLU. What attention *sees* is not decided
+here but by the `attend` callable that each block is handed, so training,
+prefill, cached decoding and sequence parallelism run the same layers.
+
+Shapes: B batch, T tokens, L layers, M width, N query heads, K key/value heads,
+H head dim, F inner width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blockjax.errors import UsageError, nearest
+from blockjax.kernels.block_sparse_attention import block_sparse_attention
+from blockjax.models.config import LayerSpec, TransformerConfig
+from blockjax.parallel.mesh import constrain
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
+
+# What the backward of a scan step keeps: everything, the inputs, or also the
+# results of matmuls with weights (those without batch dimensions).
+REMAT: dict[str, Callable] = {
+    "none": lambda step: step,
+    "full": jax.checkpoint,
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+def weight(rngs: nnx.Rngs, axes: dict[str, int], *, fan_in: int, scale: float = 1.0) -> nnx.Param:
+    """A normal weight of standard deviation scale / sqrt(fan_in), float32.
+
+    Args:
+      axes: logical name -> size of each dimension; the names say how
+        `parallel.mesh` shards it and which dimensions Muon orthogonalises.
+    """
+    value = jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
+    return nnx.Param(value * (scale * fan_in**-0.5), axes=tuple(axes))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * gain, computed in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        self.gain = nnx.Param(jnp.ones(size, jnp.float32), axes=("gain",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.gain[...]).astype(x.dtype)
+
+
+def rope_table(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, 1, H/2] of the rotary angles (arXiv:2104.09864, eq. 15)."""
+    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns feature i with feature i + H/2 of x [B, T, N, H]."""
+    cos, sin = table
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention around an `attend` callable."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.q = weight(rngs, dict(model=c.width, heads=c.heads, head_dim=c.head_dim), fan_in=c.width)
+        self.k = weight(rngs, dict(model=c.width, kv_heads=c.kv_heads, head_dim=c.head_dim), fan_in=c.width)
+        self.v = weight(rngs, dict(model=c.width, kv_heads=c.kv_heads, head_dim=c.head_dim), fan_in=c.width)
+        self.o = weight(
+            rngs,
+            dict(heads=c.heads, head_dim=c.head_dim, model=c.width),
+            fan_in=c.heads * c.head_dim,
+            scale=(2 * c.depth) ** -0.5,
+        )
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        """x [B, T, M] -> [B, T, M]."""
+        q = jnp.einsum("BTM,MNH->BTNH", x, self.q[...].astype(x.dtype))
+        k = jnp.einsum("BTM,MKH->BTKH", x, self.k[...].astype(x.dtype))
+        v = jnp.einsum("BTM,MKH->BTKH", x, self.v[...].astype(x.dtype))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        # Every device attends with all tokens of its sequences and heads.
+        q = constrain(q, ("batch", None, "heads", None))
+        k, v = (constrain(a, ("batch", None, "kv_heads", None)) for a in (k, v))
+        o = attend(q, k, v)
+        return jnp.einsum("BTNH,NHM->BTM", o, self.o[...].astype(x.dtype))
+
+
+class SwiGLU(nnx.Module):
+    """(silu(x Wg) * (x Wu)) Wd (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.gate = weight(rngs, dict(model=c.width, ffn=c.ffn), fan_in=c.width)
+        self.up = weight(rngs, dict(model=c.width, ffn=c.ffn), fan_in=c.width)
+        self.down = weight(rngs, dict(ffn=c.ffn, model=c.width), fan_in=c.ffn, scale=(2 * c.depth) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = jnp.einsum("BTM,MF->BTF", x, self.gate[...].astype(x.dtype))
+        up = jnp.einsum("BTM,MF->BTF", x, self.up[...].astype(x.dtype))
+        return jnp.einsum("BTF,FM->BTM", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+
+
+class Block(nnx.Module):
+    """One layer: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), rope, attend)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, ("batch", "time", None))
+
+
+def _blocks(config: TransformerConfig, count: int, rngs: nnx.Rngs) -> nnx.Dict:
+    return nnx.Dict({f"slot_{i}": Block(config, rngs=rngs) for i in range(count)})
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer.
+
+    Parameters of whole periods are stacked: `periods` holds one `Block` per
+    slot of the period, each leaf with a leading axis "layers". Layers beyond
+    the last whole period are in `tail`, unstacked.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        if config.remat not in REMAT:
+            raise UsageError(f"Unknown remat policy {config.remat!r}.{nearest(config.remat, REMAT)}")
+        self.config = config
+        repeats, rest = divmod(config.depth, len(config.period))
+        # Unit variance after the scaling in `embed`, and logits of unit variance if tied.
+        table = dict(vocab=config.vocab_size, model=config.width)
+        self.embedding = weight(rngs, table, fan_in=config.width)
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> nnx.Dict:
+            return _blocks(config, len(config.period), rngs)
+
+        self.periods = stacked(rngs)
+        self.tail = _blocks(config, rest, rngs)
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        head = dict(model=config.width, vocab=config.vocab_size)
+        self.head = None if config.tied else weight(rngs, head, fan_in=config.width)
+
+    def __call__(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits [B, T, V] float32 of tokens [B, T] int32; see `hidden`."""
+        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+
+    def hidden(
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """What the output head reads.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32 for RoPE; defaults to 0..T-1.
+          segment_ids: [B, T] int32; a token sees its own segment only, a
+            negative id marks padding.
+
+        Returns:
+          [B, T, M] in `config.dtype`.
+        """
+        T = tokens.shape[1]
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+        rope = self.rope(positions)
+        attends = [
+            functools.partial(
+                block_sparse_attention,
+                mask=spec.mask(T, self.config.attention_block),
+                soft_cap=self.config.soft_cap or None,
+                q_segment_ids=segment_ids,
+                kv_segment_ids=segment_ids,
+            )
+            for spec in self.config.period
+        ]
+        graph, stacked = nnx.split(self.periods)
+
+        def period(x: jax.Array, params) -> tuple[jax.Array, None]:
+            blocks = nnx.merge(graph, params)
+            for i, attend in enumerate(attends):
+                x = blocks[f"slot_{i}"](x, rope, attend)
+            return x, None
+
+        x, _ = jax.lax.scan(REMAT[self.config.remat](period), self.embed(tokens), stacked)
+        for i in range(len(self.tail)):
+            x = self.tail[f"slot_{i}"](x, rope, attends[i])
+        return self.final_norm(x)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] int32 -> [B, T, M] of unit variance, in `config.dtype`."""
+        x = jnp.take(self.embedding[...], tokens, axis=0) * self.config.width**0.5
+        return constrain(x.astype(self.config.dtype), ("batch", "time", None))
+
+    def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotary table of positions [B, T]."""
+        return rope_table(positions, self.config.head_dim, self.config.rope_base)
+
+    def head_weight(self) -> jax.Array:
+        """[M, V] float32; the transposed embedding if tied."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, M] -> [B, T, V] float32."""
+        w = self.head_weight().astype(hidden.dtype)
+        return jnp.einsum("BTM,MV->BTV", hidden, w, preferred_element_type=jnp.float32)
+
+    def layers(self) -> Iterator[tuple[Block, LayerSpec]]:
+        """Every layer in order with its row of the table, unstacked; for decoding and inspection."""
+        graph, stacked = nnx.split(self.periods)
+        specs = iter(self.config.layers())
+        for repeat in range(self.config.depth // len(self.config.period)):
+            blocks = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repeat], stacked))  # noqa: B023
+            yield from ((blocks[f"slot_{i}"], next(specs)) for i in range(len(blocks)))
+        yield from ((self.tail[f"slot_{i}"], spec) for i, spec in enumerate(specs))
+
+
+def logical_axes(model: Transformer) -> dict:
+    """The tree of parameters with the logical names of each one's dimensions as leaves."""
+
+    def axes(path, param: nnx.Param) -> tuple[str, ...]:
+        stacked = path[0].key == "periods"
+        return ("layers",) * stacked + param.get_metadata("axes")
+
+    state = nnx.state(model, nnx.Param)
+    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(axes, state, is_leaf=is_param))

@@ -1,0 +1,105 @@
+"""The run folder: what lies where, whether on disk or in a bucket."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+
+from etils import epath
+
+from blockjax.errors import UsageError
+
+
+class RunFolder:
+    """A run's files: `run.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report/`.
+
+    Everything but checkpoints is written to `local` and copied by `sync`: in a
+    bucket (`gs://...`) objects cannot be appended to. For a folder on disk
+    `local` is the folder itself.
+    """
+
+    def __init__(self, path: str):
+        if not path:
+            raise UsageError("No run folder: name one with --run=runs/NAME or --run=gs://BUCKET/NAME.")
+        self.path = epath.Path(path)
+        self.remote = "://" in path
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.remote:
+                self._staging = tempfile.TemporaryDirectory(prefix="blockjax-")
+                self.local = pathlib.Path(self._staging.name)
+                self._fetch("metrics.jsonl")
+            else:
+                self.local = pathlib.Path(self.path)
+                (self.local / ".writable").touch()
+                (self.local / ".writable").unlink()
+        except ImportError as error:
+            raise UsageError(f"Run folder {path}: {error}. Install blockjax[gcs].") from error
+        except OSError as error:
+            raise UsageError(f"Run folder {path} cannot be written: {error}.") from error
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Absolute, as orbax asks."""
+        return self.path / "checkpoints" if self.remote else epath.Path(self.local.resolve() / "checkpoints")
+
+    def read_record(self) -> dict | None:
+        """What `write_record` wrote at the first start; None in a fresh folder."""
+        file = self.path / "run.json"
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{file} is damaged ({error}); restore it or use another --run.") from error
+
+    def write_record(self, record: dict) -> None:
+        """Writes `run.json`: config, corpus digest, tokenizer."""
+        (self.path / "run.json").write_text(json.dumps(record, indent=2))
+
+    def sync(self) -> None:
+        """Copies what changed to the bucket; nothing to do on disk."""
+        if not self.remote:
+            return
+        for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
+            stat = file.stat()
+            stamp = (stat.st_size, stat.st_mtime_ns)
+            if self._copied.get(file) != stamp:
+                target = self.path / file.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+                self._copied[file] = stamp
+
+    def _fetch(self, name: str) -> None:
+        if (self.path / name).exists():
+            (self.local / name).write_bytes((self.path / name).read_bytes())
+
+
+def check_identity(record: dict, new: dict, path) -> None:
+    """Refuses to continue a run as another one.
+
+    Args:
+      record: what `run.json` holds: `identity` (flat config), `tokenizer`, `corpus`.
+      new: the same of the run at hand.
+
+    Raises:
+      UsageError: names everything that differs with both values, or a
+        tokenizer or corpus that changed behind the same name.
+    """
+    old, now = record["identity"], new["identity"]
+    differs = [k for k in sorted(old.keys() | now.keys()) if old.get(k) != now.get(k)]
+    if differs:
+        changes = "; ".join(f"{k} was {old.get(k)!r}, is {now.get(k)!r}" for k in differs)
+        raise UsageError(
+            f"Run folder {path} belongs to another run: {changes}. "
+            "Use another --run, or the old values to continue it."
+        )
+    for part in ("tokenizer", "corpus"):
+        if record[part] != new[part]:
+            was, is_now = (", ".join(f"{k} {str(v)[:12]}" for k, v in r[part].items()) for r in (record, new))
+            raise UsageError(
+                f"Run folder {path} was trained with another {part}: it was {was}; it is {is_now}. "
+                "Use another --run, or bring the old one back."
+            )
