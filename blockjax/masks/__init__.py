@@ -1,0 +1,31 @@
+"""Which key blocks each query block visits, and which tokens see each other inside a block."""
+
+from blockjax.masks.block_mask import BlockMask, Lists, Ranges
+from blockjax.masks.predicates import (
+    EMPTY,
+    FAR,
+    FULL,
+    PARTIAL,
+    Causal,
+    Chunked,
+    Everything,
+    Function,
+    Predicate,
+    Window,
+)
+
+__all__ = [
+    "EMPTY",
+    "FAR",
+    "FULL",
+    "PARTIAL",
+    "BlockMask",
+    "Causal",
+    "Chunked",
+    "Everything",
+    "Function",
+    "Lists",
+    "Predicate",
+    "Ranges",
+    "Window",
+]
