@@ -55,8 +55,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once an item: a bar on a terminal, else one line when all is done."""
+def progress(label: str, total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Yields a function to call once a document: a bar on a terminal, else one line when all is done."""
     if quiet:
         yield lambda: None
     elif sys.stderr.isatty():
@@ -69,4 +69,4 @@ def progress(label: str, total: int | None, quiet: bool = False) -> Iterator[Cal
     else:
         start = time.monotonic()
         yield lambda: None
-        print(f"{label}: done in {time.monotonic() - start:.1f} s", file=sys.stderr)
+        print(f"{label}: {total} documents in {time.monotonic() - start:.1f} s", file=sys.stderr)

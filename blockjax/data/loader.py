@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from blockjax.data.orders import Order
+from blockjax.errors import UsageError
 
 THREADS = 2  # one batch is laid out while another is copied to the devices
 
@@ -24,6 +25,9 @@ class Loader:
         start: number of the first batch.
         stop: number after the last batch; None for no end.
         prefetch: batches kept ready.
+
+    Raises:
+        UsageError: the sharding does not divide the batch.
     """
 
     def __init__(
@@ -32,6 +36,13 @@ class Loader:
         self._order, self._sharding = order, sharding
         self._start, self._stop, self._prefetch = start, stop, prefetch
         self._shape = (order.batch_size, order.seq_len)
+        try:
+            sharding.shard_shape(self._shape)
+        except ValueError as error:
+            raise UsageError(
+                f"a batch of {order.batch_size} rows of {order.seq_len} positions cannot be divided evenly "
+                f"over {sharding}; change batch_size, seq_len or the mesh"
+            ) from error
         self._row_sharding = sharding
         if isinstance(sharding, NamedSharding):
             self._row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))

@@ -52,8 +52,8 @@ class DocumentStream:
         self.lengths, self.seed = lengths, tuple(seed)
         self.documents = np.arange(len(lengths)) if documents is None else documents
         self.epoch_length = int(lengths.sum())
-        # Threads that read ahead can be on both sides of an epoch's end.
-        self._epoch = functools.lru_cache(maxsize=4)(self._permute)
+        # Two, since a batch and those read ahead of it can be on both sides of an epoch's end.
+        self._epoch = functools.lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents in the order of `epoch`, [D], and where each begins in it, [D + 1]."""

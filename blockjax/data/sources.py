@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,10 @@ class Source:
                     yield from _read_parquet(name, path, self.text_field)
                 else:
                     yield from _read_text(name, path, self.strict)
-            except OSError as error:
-                raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+            except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
+                raise UsageError(
+                    f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+                ) from error
 
 
 def stdlib_source() -> Source:
@@ -119,13 +122,13 @@ def file_source(pattern: str, text_field: str = "text") -> Source:
         return Source(path.name, ((path.name, path),), text_field)
     if not glob.has_magic(pattern):
         raise UsageError(
-            f'there is no file or folder {path}; a corpus is "stdlib", "tfds:name", a file, a folder or a glob'
+            f'there is no file or folder {path}; a corpus is "stdlib", "tfds:name", a file, folder or glob'
         )
     found = [Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
     if not found:
         raise UsageError(f"no file matches {pattern}")
     root = Path(os.path.commonpath([p.parent for p in found]))
-    files = sorted((p.relative_to(root).as_posix(), p) for p in found)
+    files = sorted((_relative(p, root), p) for p in found)
     return Source(root.resolve().name, tuple(files), text_field)
 
 
@@ -134,8 +137,13 @@ def _walk(root: Path, left_out: set[str]) -> list[tuple[str, Path]]:
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in left_out and not f.startswith(".")]
         paths = [Path(folder, n) for n in names if not n.startswith(".")]
-        found += [(p.relative_to(root).as_posix(), p) for p in paths]
+        found += [(_relative(p, root), p) for p in paths if p.is_file()]  # not so: a link that leads nowhere
     return sorted(found)
+
+
+def _relative(path: Path, root: Path) -> str:
+    # A file name need not be UTF-8; an id has to be.
+    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "replace")
 
 
 def _read_text(name: str, path: Path, strict: bool) -> Iterator[tuple[str, str]]:

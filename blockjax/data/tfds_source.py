@@ -40,8 +40,7 @@ def open_tfds(spec: str, data_dir: Path, text_field: str) -> tuple[str, str, dic
                 "TensorFlow to read; prepare it with file_format=array_record"
             )
         feature = _text_feature(info, feature, text_field)
-        decoders = tfds.decode.PartialDecoding({feature: info.features[feature]})
-        splits = {s: (builder.as_data_source(s, decoders=decoders), feature, s, None) for s in info.splits}
+        splits = {s: (builder.as_data_source(s), feature, s, None) for s in info.splits}
 
     if "train" not in splits:
         raise UsageError(f"the TFDS dataset {info.full_name} has no train split; it has {', '.join(splits)}")
@@ -92,7 +91,9 @@ def _find(name: str, roots: list[Path]) -> Path:
 
 def _text_feature(info: tfds.core.DatasetInfo, named: str, text_field: str) -> str:
     texts = [name for name, kind in info.features.items() if isinstance(kind, tfds.features.Text)]
-    wanted = named or (text_field if text_field in texts or len(texts) != 1 else texts[0])
+    # "text" is only the default's name: a dataset with one text feature needs no other.
+    alone = not named and text_field == "text" and len(texts) == 1
+    wanted = texts[0] if alone else named or text_field
     if wanted not in texts:
         raise UsageError(
             f"the TFDS dataset {info.full_name} has no text feature {wanted!r}; "

@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
     Attributes:
         name: short name, for people.
         vocab_size: number of ids, the boundary included.
-        boundary: id that stands between documents; no text encodes to it.
+        boundary: id that stands between documents; text that spells it does not encode to it.
         fingerprint: hex SHA-256; tokenizers with the same one give the same ids.
     """
 
@@ -104,9 +104,10 @@ class HuggingFace(_FromFile):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         names = (_declared_end(path), *END_TOKENS)
-        super().__init__(path, max(vocab.values()) + 1, next((vocab[n] for n in names if n in vocab), None))
+        boundary = next((special[n] for n in names if n in special), None)
+        super().__init__(path, max(self._tokenizer.get_vocab().values()) + 1, boundary)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -168,5 +169,8 @@ def _declared_end(path: Path) -> str | None:
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         return None
-    token = json.loads(config.read_text()).get("eos_token")
+    try:
+        token = json.loads(config.read_text()).get("eos_token")
+    except ValueError as error:
+        raise UsageError(f"{config} is not JSON: {error}") from error
     return token["content"] if isinstance(token, dict) else token
