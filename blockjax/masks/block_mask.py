@@ -75,9 +75,13 @@ class BlockMask:
         """Keys at `pq - left < pk <= pq + right`; `left` counts the query itself and may be traced."""
         for name, value in (("left", left), ("right", right)):
             if is_concrete(value) and not 0 <= value <= FAR:
-                raise UsageError(f"A window needs 0 <= {name} <= {FAR}, got {name}={value}; it is a distance.")
+                raise UsageError(
+                    f"A window needs 0 <= {name} <= {FAR}, got {name}={value}; it is a distance."
+                )
         if is_concrete((left, right)) and left + right < 1:
-            raise UsageError("A window with left=0 and right=0 sees nothing; left counts the query itself: left=1.")
+            raise UsageError(
+                "A window with left=0 and right=0 sees nothing; left counts the query itself: left=1."
+            )
         return BlockMask.from_predicate(Window(left, right), T, S, **geometry)
 
     @staticmethod
@@ -145,7 +149,9 @@ class BlockMask:
         if not 2 <= len(shape) <= 4:
             raise UsageError(f"Blocks must be [nq, nk], [h, nq, nk] or [b, h, nq, nk], got shape {shape}.")
         nq, nk = shape[-2:]
-        base = _geometry(nq * bq if T is None else T, nk * bk if S is None else S, bq, bk, q_offset, kv_offset)
+        base = _geometry(
+            nq * bq if T is None else T, nk * bk if S is None else S, bq, bk, q_offset, kv_offset
+        )
         if (nq, nk) != (base.nq, base.nk):
             raise UsageError(
                 f"Blocks of shape {shape} do not cover T={base.T}, S={base.S}: with bq={bq}, bk={bk} "
@@ -183,11 +189,15 @@ class BlockMask:
         if not 2 <= len(shape) <= 4:
             raise UsageError(f"Indices must be [nq, W], [h, nq, W] or [b, h, nq, W], got shape {shape}.")
         if count is not None and np.shape(count) != shape[:-1]:
-            raise UsageError(f"Counts of shape {np.shape(count)} do not fit indices {shape}: give {shape[:-1]}.")
+            raise UsageError(
+                f"Counts of shape {np.shape(count)} do not fit indices {shape}: give {shape[:-1]}."
+            )
         T = shape[-2] * bq if T is None else T
         base = _geometry(T, T if S is None else S, bq, bk, q_offset, kv_offset)
         if shape[-2] != base.nq:
-            raise UsageError(f"Indices {shape} have {shape[-2]} rows, but T={T} with bq={bq} has {base.nq} blocks.")
+            raise UsageError(
+                f"Indices {shape} have {shape[-2]} rows, but T={T} with bq={bq} has {base.nq} blocks."
+            )
         xp = array_module(index, count)
         index = xp.asarray(index, np.int32).reshape((1,) * (4 - len(shape)) + shape)
         slot = np.arange(shape[-1], dtype=np.int32)
@@ -200,7 +210,9 @@ class BlockMask:
         predicate = _normal(predicate or Everything())
         used &= (index >= 0) & (index < base.nk)
         index = xp.sort(xp.where(used, index, base.nk), axis=-1)
-        repeated = xp.concatenate([xp.zeros_like(index[..., :1], bool), index[..., 1:] == index[..., :-1]], -1)
+        repeated = xp.concatenate(
+            [xp.zeros_like(index[..., :1], bool), index[..., 1:] == index[..., :-1]], -1
+        )
         tag = base._tag(predicate, np.arange(base.nq)[:, None], index, prune)
         xp = array_module(index, tag)
         tag = xp.where((index < base.nk) & ~repeated, tag, np.uint8(0))
@@ -407,10 +419,12 @@ class Lists(BlockMask):
         return jnp.zeros((b, h, nq, self.nk), jnp.uint8).at[where].max(self.tag)
 
     def _rows(self, start, count, piece):
-        cut = lambda x: (  # noqa: E731
-            x[:, :, start : start + count]
-            if is_concrete((x, start))
-            else jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, 2)
+        cut = (
+            lambda x: (  # noqa: E731
+                x[:, :, start : start + count]
+                if is_concrete((x, start))
+                else jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, 2)
+            )
         )
         return replace(piece, index=cut(self.index), tag=cut(self.tag), counts=cut(self.counts))
 
@@ -504,7 +518,9 @@ def _check_same_geometry(a: BlockMask, b: BlockMask):
     if sizes[0] != sizes[1]:
         raise UsageError(f"Masks combine only with equal (T, S, bq, bk), got {sizes[0]} and {sizes[1]}.")
     if not same((a.q_offset, a.kv_offset), (b.q_offset, b.kv_offset)):
-        raise UsageError("Masks combine only with the same q_offset and kv_offset; build both with the same ones.")
+        raise UsageError(
+            "Masks combine only with the same q_offset and kv_offset; build both with the same ones."
+        )
 
 
 def _piece(length: int, block: int, start, count: int, name: str) -> int:

@@ -39,7 +39,8 @@ def same(a, b) -> bool:
     a_leaves, a_def = jax.tree.flatten(a)
     b_leaves, b_def = jax.tree.flatten(b)
     return a_def == b_def and all(
-        x is y or (is_concrete((x, y)) and np.array_equal(x, y)) for x, y in zip(a_leaves, b_leaves, strict=True)
+        x is y or (is_concrete((x, y)) and np.array_equal(x, y))
+        for x, y in zip(a_leaves, b_leaves, strict=True)
     )
 
 

@@ -20,10 +20,14 @@ def visible_pairs(mask) -> float:
         # Heads often share tiles: each distinct (block, tag) is evaluated once.
         partial = np.argwhere((tags[:, :, row] > 0) & ~full)
         keys, times = np.unique(
-            [(j, tags[i, k, row, j]) for i, k, j in partial] or np.zeros((0, 2), int), axis=0, return_counts=True
+            [(j, tags[i, k, row, j]) for i, k, j in partial] or np.zeros((0, 2), int),
+            axis=0,
+            return_counts=True,
         )
         for (j, tag), n in zip(keys, times, strict=True):
-            total += int(n) * int(_tile(mask, lambda pq, pk, tag=tag: mask.visible(tag, pq, pk), row, j).sum())
+            total += int(n) * int(
+                _tile(mask, lambda pq, pk, tag=tag: mask.visible(tag, pq, pk), row, j).sum()
+            )
     return total / (b * h)
 
 
@@ -48,7 +52,9 @@ def plot(mask, *, batch: int, head: int, ax=None):
     _require_concrete(mask, "plot()")
     b, h = mask.lists_shape
     if not (0 <= batch < b and 0 <= head < h):
-        raise UsageError(f"The mask has lists for {b} batch entries and {h} heads, got batch={batch}, head={head}.")
+        raise UsageError(
+            f"The mask has lists for {b} batch entries and {h} heads, got batch={batch}, head={head}."
+        )
     tags = mask.tags()[batch, head]
     kind = np.where(tags >= 0x80, FULL, np.where(tags > 0, PARTIAL, EMPTY))
     colours = ("#f4f1ea", "#f2a65a", "#2f4b7c")
@@ -57,7 +63,9 @@ def plot(mask, *, batch: int, head: int, ax=None):
     else:
         figure = ax.figure
     extent = (0, mask.nk * mask.bk, mask.nq * mask.bq, 0)
-    ax.imshow(kind, cmap=ListedColormap(colours), vmin=0, vmax=2, extent=extent, aspect="auto", interpolation="none")
+    ax.imshow(
+        kind, cmap=ListedColormap(colours), vmin=0, vmax=2, extent=extent, aspect="auto", interpolation="none"
+    )
     if max(mask.nq, mask.nk) <= 64:
         ax.set_xticks(np.arange(0, extent[1], mask.bk), minor=True)
         ax.set_yticks(np.arange(0, extent[2], mask.bq), minor=True)

@@ -1,0 +1,207 @@
+"""The public op `block_sparse_attention`: checks, dispatch, sinks."""
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from blockjax import partials
+from blockjax.errors import UsageError
+from blockjax.kernels.block_sparse_attention import reference, xla
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.platforms import target_platform
+from blockjax.masks import BlockMask, Ranges
+
+BACKENDS = {"xla": xla, "reference": reference}
+"""Fastest first: `implementation=None` takes the first that supports the call."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DistanceBias:
+    """`-slope * |pos_q - pos_k|` added to the scores: the soft form of locality, differentiable in `slope`.
+
+    `slope` is [N], one per query head. Source: ALiBi, Press et al. 2022, arXiv:2108.12409.
+    """
+
+    slope: Float[Array, "N"]
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
+    kv_positions: Int[Array, "B S"] | Int[Array, "S"] | None = None,
+    bias: DistanceBias | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+    """Attention in which each block of queries visits only the key blocks that `mask` lists.
+
+    Query i sees key j when their tile is listed, the mask's predicate holds for their positions, and their
+    segment ids are equal and not negative. Scores are `s = cap(scale * q k) - slope * distance` with
+    `cap(z) = soft_cap * tanh(z / soft_cap)`. Time and memory are linear in the listed tiles. A row that sees
+    nothing has o = 0, lse = -inf and zero gradients; what is not listed is not multiplied.
+
+    Args:
+        q, k, v: any floating dtype, all the same; N is a multiple of K. Products accumulate in float32.
+        mask: for T query and S key tokens, with lists for 1 or B batch entries and 1, K or N heads.
+        scale: default `H ** -0.5`.
+        soft_cap: bound on the scores before the bias.
+        q_segment_ids, kv_segment_ids: integers; for self-attention the first is enough.
+        q_positions, kv_positions: of each token, instead of consecutive ones from the mask's offsets. The
+            mask still says which tiles are visited; the predicate is then tested in each of them.
+        bias: see `DistanceBias`.
+        sinks: one extra score a head that takes weight and gives no value: merged as the partial
+            `(0, sink)`, once. Source: Xiao et al. 2024, arXiv:2309.17453, with learned values.
+        return_lse: also return the log of the sum of exponentials, float32, natural log, sinks included.
+        implementation: a name in `BACKENDS`, or None for the fastest that supports the call.
+
+    Returns:
+        `o` [B, T, N, Hv] in q's dtype, and with `return_lse` also `lse` [B, N, T]. Reverse-mode gradients for
+        q, k, v, `bias.slope` and `sinks`, through both outputs; equal from run to run, bit for bit.
+
+    Raises:
+        UsageError: shapes, dtypes or options that do not fit, or a named implementation that cannot serve them.
+    """
+    _check_shapes(q, k, v, mask)
+    B, T, N, H = q.shape
+    S, K, Hv = v.shape[1:]
+    _check_numbers(scale, soft_cap)
+    q_segment_ids, kv_segment_ids = _segments(q_segment_ids, kv_segment_ids, B, T, S)
+    q_positions, kv_positions = _positions(q_positions, kv_positions, mask, B, T, S)
+    slope = None if bias is None else _per_head("bias.slope", bias.slope, N)
+    sinks = None if sinks is None else _per_head("sinks", sinks, N)
+
+    spec = Spec(
+        platform=target_platform(),
+        dtype=q.dtype,
+        **dict(B=B, T=T, S=S, N=N, K=K, H=H, Hv=Hv, bq=mask.bq, bk=mask.bk),
+        form="ranges" if isinstance(mask, Ranges) else "lists",
+        lists=mask.lists_shape,
+        soft_cap=soft_cap is not None,
+        segments=q_segment_ids is not None,
+        positions=q_positions is not None,
+        bias=bias is not None,
+    )
+    inputs = Inputs(q, k, v, mask, slope, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
+    backend = BACKENDS[choose(spec, implementation)]
+    o, lse = backend.attention(inputs, scale=1 / math.sqrt(H) if scale is None else scale, soft_cap=soft_cap)
+    if sinks is not None:
+        o, lse = _merge_sinks(o, lse, sinks)
+    return (o, lse) if return_lse else o
+
+
+def choose(spec: Spec, implementation: str | None = None) -> str:
+    """The name of the backend for this call; raises `UsageError` if a named one cannot serve it."""
+    if implementation is not None:
+        if implementation not in BACKENDS:
+            raise UsageError(
+                f"There is no implementation {implementation!r}; choose from {', '.join(BACKENDS)}."
+            )
+        reason = BACKENDS[implementation].supports(spec)
+        if reason is not None:
+            raise UsageError(f"implementation={implementation!r} cannot serve this call: {reason}")
+        return implementation
+    for name, backend in BACKENDS.items():
+        reason = backend.supports(spec)
+        if reason is None:
+            return name
+        _log_fallback(name, reason)
+    raise AssertionError("unreachable: xla supports every call")
+
+
+@functools.cache
+def _log_fallback(name: str, reason: str) -> None:
+    """Cached, so that each reason is said once."""
+    logging.getLogger(__name__).info("block_sparse_attention: not %s: %s", name, reason)
+
+
+def _merge_sinks(o, lse, sinks):
+    merged, lse = partials.merge((o.swapaxes(1, 2), lse), (jnp.zeros((), lse.dtype), sinks[:, None]))
+    return merged.swapaxes(1, 2).astype(o.dtype), lse
+
+
+def _check_shapes(q, k, v, mask):
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise UsageError(f"q, k and v need 4 axes [B, T, N, H], got {q.shape}, {k.shape} and {v.shape}.")
+    if k.shape[:3] != v.shape[:3]:
+        raise UsageError(f"k {k.shape} and v {v.shape} must agree in [B, S, K].")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise UsageError(f"q {q.shape} and k {k.shape} must agree in batch and head size.")
+    N, K = q.shape[2], k.shape[2]
+    if N % K:
+        raise UsageError(f"{N} query heads in q {q.shape} are no multiple of {K} key heads in k {k.shape}.")
+    if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise UsageError(f"q, k and v need one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if not isinstance(mask, BlockMask):
+        raise UsageError(
+            f"mask must be a BlockMask, got {type(mask).__name__}; see BlockMask.from_block_bool."
+        )
+    if (mask.T, mask.S) != (q.shape[1], k.shape[1]):
+        raise UsageError(
+            f"The mask is for T={mask.T}, S={mask.S}, but q {q.shape} and k {k.shape} have "
+            f"T={q.shape[1]}, S={k.shape[1]}; build it for these."
+        )
+    b, h = mask.lists_shape
+    if b not in (1, q.shape[0]) or h not in (1, K, N):
+        raise UsageError(
+            f"The mask has lists for {b} batch entries and {h} heads; q {q.shape} and k {k.shape} need "
+            f"1 or {q.shape[0]}, and 1, {K} or {N}."
+        )
+
+
+def _check_numbers(scale, soft_cap):
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        if value is not None and not isinstance(value, int | float):
+            raise UsageError(
+                f"{name} must be a Python number, got {type(value).__name__}; multiply q instead."
+            )
+    if soft_cap is not None and soft_cap <= 0:
+        raise UsageError(f"soft_cap must be positive, got {soft_cap}; None means no cap.")
+
+
+def _segments(ids_q, ids_k, B, T, S):
+    if ids_q is None and ids_k is None:
+        return None, None
+    if ids_k is None and T == S:
+        ids_k = ids_q
+    if ids_q is None or ids_k is None:
+        raise UsageError(
+            f"Give q_segment_ids and kv_segment_ids together; one alone is not enough for T={T}, S={S}."
+        )
+    return _per_token("q_segment_ids", ids_q, B, T), _per_token("kv_segment_ids", ids_k, B, S)
+
+
+def _positions(pos_q, pos_k, mask, B, T, S):
+    if pos_q is None and pos_k is None:
+        return None, None
+    pos_q = mask.q_offset + jnp.arange(T) if pos_q is None else pos_q
+    pos_k = mask.kv_offset + jnp.arange(S) if pos_k is None else pos_k
+    return _per_token("q_positions", pos_q, B, T), _per_token("kv_positions", pos_k, B, S)
+
+
+def _per_token(name, x, B, length):
+    x = jnp.asarray(x)
+    if x.shape not in ((length,), (1, length), (B, length)) or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise UsageError(f"{name} must be integers [{B}, {length}] or [{length}], got {x.dtype} {x.shape}.")
+    return x.astype(jnp.int32).reshape(-1, length)
+
+
+def _per_head(name, x, N):
+    x = jnp.asarray(x)
+    if x.shape != (N,) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UsageError(f"{name} must be floating [{N}], one per query head, got {x.dtype} {x.shape}.")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,50 @@
+"""What a call looks like to a backend: its static description and its arrays."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blockjax.masks import BlockMask
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that `supports` may look at: sizes, dtype, options and platform; no arrays."""
+
+    platform: str
+    dtype: jnp.dtype
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    Hv: int
+    bq: int
+    bk: int
+    form: str  # "ranges" or "lists"
+    lists: tuple[int, int]  # over (batch, heads), each 1 or the full number
+    soft_cap: bool
+    segments: bool
+    positions: bool
+    bias: bool
+
+
+class Inputs(NamedTuple):
+    """The arrays of one call after the checks: what every backend receives.
+
+    `q` [B, T, N, H], `k` [B, S, K, H], `v` [B, S, K, Hv]; `slope` [N] float32; segment ids and positions
+    [1 | B, T] and [1 | B, S] int32, both sides or neither.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    mask: BlockMask
+    slope: jax.Array | None = None
+    q_segment_ids: jax.Array | None = None
+    kv_segment_ids: jax.Array | None = None
+    q_positions: jax.Array | None = None
+    kv_positions: jax.Array | None = None

@@ -1,0 +1,35 @@
+"""Where a program will run: its platform, and the mesh axes its values vary over."""
+
+import jax
+from jax import lax
+
+
+def target_platform() -> str:
+    """`"cpu"`, `"gpu"` or `"tpu"`: of the mesh in use, else of the first device.
+
+    The mesh comes first so that compiling for a TPU pod on a CPU host chooses the TPU kernels.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform is not None:
+        return _family(device.platform)
+    return _family(jax.devices()[0].platform)
+
+
+def _family(platform: str) -> str:
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def varying_axes(tree) -> frozenset[str]:
+    """Mesh axes over which any of the arrays differs, inside `shard_map`; empty elsewhere."""
+    return frozenset().union(*(_varying(jax.typeof(x)) for x in jax.tree.leaves(tree)))
+
+
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`x` typed as varying over these axes: a loop's carry must have one type before and after."""
+    missing = axes - varying_axes(x)
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+def _varying(aval) -> frozenset[str]:
+    # `vma` became `mat.varying` in jax 0.12.
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
