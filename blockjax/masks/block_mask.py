@@ -419,12 +419,10 @@ class Lists(BlockMask):
         return jnp.zeros((b, h, nq, self.nk), jnp.uint8).at[where].max(self.tag)
 
     def _rows(self, start, count, piece):
-        cut = (
-            lambda x: (  # noqa: E731
-                x[:, :, start : start + count]
-                if is_concrete((x, start))
-                else jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, 2)
-            )
+        cut = lambda x: (
+            x[:, :, start : start + count]
+            if is_concrete((x, start))
+            else jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, 2)
         )
         return replace(piece, index=cut(self.index), tag=cut(self.tag), counts=cut(self.counts))
 

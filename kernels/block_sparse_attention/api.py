@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention import reference, xla
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.platforms import target_platform
 from jaxtyping import Array, Float, Int
 
 from blockjax import partials
 from blockjax.errors import UsageError
-from blockjax.kernels.block_sparse_attention import reference, xla
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
-from blockjax.kernels.platforms import target_platform
 from blockjax.masks import BlockMask, Ranges
 
 BACKENDS = {"xla": xla, "reference": reference}
@@ -150,7 +150,7 @@ def _check_shapes(q, k, v, mask):
         raise UsageError(
             f"mask must be a BlockMask, got {type(mask).__name__}; see BlockMask.from_block_bool."
         )
-    if (mask.T, mask.S) != (q.shape[1], k.shape[1]):
+    if (q.shape[1], k.shape[1]) != (mask.T, mask.S):
         raise UsageError(
             f"The mask is for T={mask.T}, S={mask.S}, but q {q.shape} and k {k.shape} have "
             f"T={q.shape[1]}, S={k.shape[1]}; build it for these."

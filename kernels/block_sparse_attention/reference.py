@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
 
 

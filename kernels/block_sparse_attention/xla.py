@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
 from blockjax.kernels.platforms import vary, varying_axes
+from jax import lax
+
 from blockjax.masks.block_mask import FULL_TAG
 
 STEP_KEYS = 128
