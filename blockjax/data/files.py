@@ -1,6 +1,7 @@
 """Names, locks and progress for what is prepared once and kept under `data_dir`."""
 
 import contextlib
+import os
 import re
 import shutil
 import sys
@@ -43,10 +44,13 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A fresh folder to fill, renamed to `path` at the end, so that `path` is never half written."""
+    """A fresh folder to fill with files, renamed to `path` at the end, so that `path` is never half written."""
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield fresh
+        for file in fresh.iterdir():  # else a crash may keep the new name and lose what it names
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         if path.exists():
             shutil.rmtree(path)
         fresh.rename(path)
@@ -56,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def progress(label: str, total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once a document: a bar on a terminal, else one line when all is done."""
+    """Yields a function to call once a document: a bar on a terminal, else one line at the end."""
     if quiet:
         yield lambda: None
     elif sys.stderr.isatty():

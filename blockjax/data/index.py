@@ -2,12 +2,13 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from blockjax.data.corpus import Corpus
+from blockjax.data.corpus import Corpus, Documents
 from blockjax.data.files import locked, progress, replacing, slug
 from blockjax.data.tokenizers import Tokenizer, id_dtype
 from blockjax.errors import UsageError
@@ -55,15 +56,17 @@ def token_index(
     """
     documents = corpus.documents(split)
     name = f"{corpus.name} {tokenizer.name} {split}"
+    meta = {"format": FORMAT, "corpus": corpus.digest, "split": split, "tokenizer": tokenizer.fingerprint}
     key = f"{slug(corpus.name)}-{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}-{split}"
     path = Path(data_dir).expanduser() / "token_index" / key
-    index = _read(path, name, tokenizer)
+    index = _read(path, name, meta, tokenizer)
     if index is None:
         with locked(path):
-            if _read(path, name, tokenizer) is None:  # another process may have been first
+            if _read(path, name, meta, tokenizer) is None:  # another process may have been first
                 with replacing(path) as folder, progress(f"tokens {name}", len(documents), quiet) as advance:
                     _write(folder, documents, tokenizer, advance)
-        index = _read(path, name, tokenizer)
+                    (folder / "meta.json").write_text(json.dumps(meta))
+        index = _read(path, name, meta, tokenizer)
     if index is None:
         raise UsageError(
             f"split {split!r} of corpus {corpus.name} holds no tokens ({len(documents)} documents)"
@@ -71,7 +74,7 @@ def token_index(
     return index
 
 
-def _write(folder, documents, tokenizer, advance) -> None:
+def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, advance: Callable[[], None]) -> None:
     dtype = id_dtype(tokenizer.vocab_size)
     lengths, num_bytes = [], []
     with (folder / "tokens.bin").open("wb") as file:
@@ -83,24 +86,20 @@ def _write(folder, documents, tokenizer, advance) -> None:
                     ids.astype(dtype).tofile(file)
                     lengths.append(len(ids))
                     num_bytes.append(len(text.encode()))
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    np.save(folder / "offsets.npy", offsets)
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     np.save(folder / "num_bytes.npy", np.array(num_bytes, np.int64))
-    meta = {"format": FORMAT, "documents": len(lengths), "tokens": int(offsets[-1])}
-    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _read(path: Path, name: str, tokenizer: Tokenizer) -> TokenIndex | None:
-    """The index at `path`, or None where it is missing, damaged, or holds nothing."""
+def _read(path: Path, name: str, meta: dict, tokenizer: Tokenizer) -> TokenIndex | None:
+    """The index at `path`, or None where it is missing, damaged, of another `meta`, or holds nothing."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        found = json.loads((path / "meta.json").read_text())
         offsets = np.load(path / "offsets.npy")
         num_bytes = np.load(path / "num_bytes.npy")
         tokens = np.memmap(path / "tokens.bin", id_dtype(tokenizer.vocab_size), mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    expected = {"format": FORMAT, "documents": len(num_bytes), "tokens": len(tokens)}
-    if meta != expected or len(offsets) != len(num_bytes) + 1 or offsets[-1] != len(tokens):
+    if found != meta or len(offsets) != len(num_bytes) + 1 or offsets[-1] != len(tokens):
         return None
     # A plain view of the map: indexing np.memmap itself costs several microseconds a call.
     return TokenIndex(name, np.asarray(tokens), offsets, num_bytes, tokenizer.boundary)

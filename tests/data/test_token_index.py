@@ -68,6 +68,15 @@ def test_a_damaged_index_is_built_anew(corpus, tmp_path, name, damage):
     assert np.array_equal(after.tokens, tokens) and np.array_equal(after.offsets, offsets)
 
 
+def test_an_index_of_another_format_is_built_anew(corpus, tmp_path, monkeypatch):
+    tokenizer = Counting()
+    token_index(corpus, tokenizer, "train", tmp_path, quiet=True)
+    calls = tokenizer.calls
+    monkeypatch.setattr("blockjax.data.index.FORMAT", 99)
+    token_index(corpus, tokenizer, "train", tmp_path, quiet=True)
+    assert tokenizer.calls == 2 * calls
+
+
 def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
     class Failing(Counting):
         def encode_batch(self, texts):
