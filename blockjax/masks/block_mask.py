@@ -252,7 +252,7 @@ class BlockMask:
         return _from_tags(tag, tuple(predicates), self)
 
     def visible(self, tag, pq, pk):
-        """Boolean: may `pq` see `pk` in a tile of this `tag`; broadcasts, and ignores the promise of bit 7."""
+        """Boolean, broadcast: may `pq` see `pk` in a tile of this `tag`; ignores the promise of bit 7."""
         granted = [(tag >> i) & 1 == 1 for i in range(len(self.predicates))]
         return functools.reduce(
             operator.or_, [g & p.visible(pq, pk) for g, p in zip(granted, self.predicates, strict=True)]
@@ -409,8 +409,7 @@ class Lists(BlockMask):
     def tags(self):
         """Tags of all blocks, `[b, h, nq, nk]` uint8; 0 where not listed."""
         b, h, nq, _ = np.shape(self.index)
-        where = (*np.ix_(np.arange(b), np.arange(h), np.arange(nq)), self.index.swapaxes(-1, -2))
-        where = tuple(x[..., None] for x in where[:3]) + (self.index,)
+        where = (*(x[..., None] for x in np.ix_(*map(np.arange, (b, h, nq)))), self.index)
         # `max`, not assignment: padding slots repeat a listed index with tag 0.
         if array_module(self.index, self.tag) is np:
             tags = np.zeros((b, h, nq, self.nk), np.uint8)
@@ -419,11 +418,11 @@ class Lists(BlockMask):
         return jnp.zeros((b, h, nq, self.nk), jnp.uint8).at[where].max(self.tag)
 
     def _rows(self, start, count, piece):
-        cut = lambda x: (
-            x[:, :, start : start + count]
-            if is_concrete((x, start))
-            else jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, 2)
-        )
+        def cut(x):
+            if is_concrete((x, start)):
+                return x[:, :, start : start + count]
+            return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, 2)
+
         return replace(piece, index=cut(self.index), tag=cut(self.tag), counts=cut(self.counts))
 
     def _columns(self, start, count, piece):
@@ -488,7 +487,7 @@ def _bit(predicates: list[Predicate], p: Predicate) -> int:
             return i
     if len(predicates) == MAX_PREDICATES:
         raise UsageError(
-            f"A mask holds at most {MAX_PREDICATES} predicates; join some with Predicate | or & before the builder."
+            f"A mask holds at most {MAX_PREDICATES} predicates; join some with | or & before building."
         )
     predicates.append(p)
     return len(predicates) - 1

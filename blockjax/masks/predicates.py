@@ -71,6 +71,14 @@ class Predicate:
         xp = array_module(full, empty)
         return xp.where(full, FULL, xp.where(empty, EMPTY, PARTIAL)).astype(np.int8)
 
+    def __repr__(self) -> str:
+        def show(x):
+            if is_concrete(x) and not callable(x):
+                return str(x)
+            return getattr(x, "__name__", "traced")
+
+        return f"{type(self).__name__}({', '.join(show(x) for x in vars(self).values())})"
+
     def __and__(self, other: "Predicate") -> "Predicate":
         if isinstance(self, Everything) or same(self, other):
             return other
@@ -83,7 +91,7 @@ class Predicate:
 
 
 def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False)(cls))
+    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
 
 
 @_pytree

@@ -11,7 +11,7 @@ def visible_pairs(mask) -> float:
     """Visible query-key pairs, mean over the mask's lists."""
     _require_concrete(mask, "visible_pairs()")
     tags = mask.tags()
-    b, h, nq, nk = tags.shape
+    b, h, nq, _ = tags.shape
     total = 0
     for row in range(nq):
         rows = min(mask.bq, mask.T - row * mask.bq)

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from dataclasses import dataclass
 
 import jax
@@ -28,7 +27,7 @@ class DistanceBias:
     `slope` is [N], one per query head. Source: ALiBi, Press et al. 2022, arXiv:2108.12409.
     """
 
-    slope: Float[Array, "N"]
+    slope: Float[Array, " N"]
 
 
 def block_sparse_attention(
@@ -41,10 +40,10 @@ def block_sparse_attention(
     soft_cap: float | None = None,
     q_segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
-    q_positions: Int[Array, "B T"] | Int[Array, "T"] | None = None,
-    kv_positions: Int[Array, "B S"] | Int[Array, "S"] | None = None,
+    q_positions: Int[Array, "B T"] | Int[Array, " T"] | None = None,
+    kv_positions: Int[Array, "B S"] | Int[Array, " S"] | None = None,
     bias: DistanceBias | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
@@ -57,7 +56,7 @@ def block_sparse_attention(
 
     Args:
         q, k, v: any floating dtype, all the same; N is a multiple of K. Products accumulate in float32.
-        mask: for T query and S key tokens, with lists for 1 or B batch entries and 1, K or N heads.
+        mask: for T query and S key tokens; lists for 1 or B batch entries and 1, K or N heads.
         scale: default `H ** -0.5`.
         soft_cap: bound on the scores before the bias.
         q_segment_ids, kv_segment_ids: integers; for self-attention the first is enough.
@@ -74,7 +73,8 @@ def block_sparse_attention(
         q, k, v, `bias.slope` and `sinks`, through both outputs; equal from run to run, bit for bit.
 
     Raises:
-        UsageError: shapes, dtypes or options that do not fit, or a named implementation that cannot serve them.
+        UsageError: shapes, dtypes or options that do not fit, or a named implementation that cannot
+            serve them.
     """
     _check_shapes(q, k, v, mask)
     B, T, N, H = q.shape
@@ -98,7 +98,7 @@ def block_sparse_attention(
     )
     inputs = Inputs(q, k, v, mask, slope, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     backend = BACKENDS[choose(spec, implementation)]
-    o, lse = backend.attention(inputs, scale=1 / math.sqrt(H) if scale is None else scale, soft_cap=soft_cap)
+    o, lse = backend.attention(inputs, scale=H**-0.5 if scale is None else scale, soft_cap=soft_cap)
     if sinks is not None:
         o, lse = _merge_sinks(o, lse, sinks)
     return (o, lse) if return_lse else o
@@ -135,7 +135,7 @@ def _merge_sinks(o, lse, sinks):
 
 
 def _check_shapes(q, k, v, mask):
-    if not (q.ndim == k.ndim == v.ndim == 4):
+    if any(x.ndim != 4 for x in (q, k, v)):
         raise UsageError(f"q, k and v need 4 axes [B, T, N, H], got {q.shape}, {k.shape} and {v.shape}.")
     if k.shape[:3] != v.shape[:3]:
         raise UsageError(f"k {k.shape} and v {v.shape} must agree in [B, S, K].")

@@ -170,7 +170,7 @@ class _Tiles:
         q, mask = inputs.q, inputs.mask
         self.mask = mask
         self.axes = varying_axes(inputs)
-        B, self.T, N, _ = q.shape
+        _, self.T, N, _ = q.shape
         _, self.S, self.K_real, _ = inputs.k.shape
         # One short row or block (decoding) is not padded to the mask's block size.
         self.bq, self.bk = min(mask.bq, self.T), min(mask.bk, self.S)
@@ -291,14 +291,14 @@ class _Tiles:
         if self.shared:
             # Slices, not a gather: they are faster on every platform.
             return jnp.stack([lax.dynamic_index_in_dim(blocks, i, 2, False) for i in index[0, 0]], 2)
-        return blocks[self.batch_and_head(blocks, self.K // self.K_real) + (index,)]
+        return blocks[(*self.batch_and_head(blocks, self.K // self.K_real), index)]
 
     def add(self, blocks, tile: _Tile, x):
         """Adds `[B, K, t, D]` to the tile's key blocks, in place inside a loop."""
         x = x.reshape(*x.shape[:2], self.per_step, self.bk, -1)
         if not self.shared:
             index = jnp.where(tile.active, tile.index, self.mask.nk)
-            return blocks.at[self.batch_and_head(blocks, 1) + (index,)].add(x, mode="drop")
+            return blocks.at[(*self.batch_and_head(blocks, 1), index)].add(x, mode="drop")
         for slot, i in enumerate(tile.index[0, 0]):
             old = lax.dynamic_index_in_dim(blocks, i, 2, False)
             blocks = lax.dynamic_update_index_in_dim(blocks, old + x[:, :, slot], i, 2)
@@ -317,7 +317,7 @@ def _cut(x, block: int, pad=0):
     """[B, T, ...] -> [B, n, block, ...], padded to whole blocks."""
     missing = -x.shape[1] % block
     if missing:
-        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=pad)
+        x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)), constant_values=pad)
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
