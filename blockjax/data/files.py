@@ -44,7 +44,12 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A fresh folder to fill with files, renamed to `path` at the end, so that `path` is never half written."""
+    """A fresh folder to fill with files, renamed to `path` at the end: `path` is never half written.
+
+    The caller holds the lock of `path`, so what lies around from earlier attempts was left by a crash.
+    """
+    for left in path.parent.glob(f".{path.name}.*/"):
+        shutil.rmtree(left)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield fresh

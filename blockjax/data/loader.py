@@ -33,19 +33,19 @@ class Loader:
     def __init__(
         self, order: Order, sharding: Sharding, start: int = 0, stop: int | None = None, prefetch: int = 4
     ):
-        self._order, self._sharding = order, sharding
+        self._order, self._sharding, self._row_sharding = order, sharding, sharding
         self._start, self._stop, self._prefetch = start, stop, prefetch
         self._shape = (order.batch_size, order.seq_len)
-        try:
-            sharding.shard_shape(self._shape)
-        except ValueError as error:
-            raise UsageError(
-                f"a batch of {order.batch_size} rows of {order.seq_len} positions cannot be divided evenly "
-                f"over {sharding}; change batch_size, seq_len or the mesh"
-            ) from error
-        self._row_sharding = sharding
         if isinstance(sharding, NamedSharding):
             self._row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+            try:
+                sharding.shard_shape(self._shape)
+            except ValueError as error:
+                raise UsageError(
+                    f"a batch of {order.batch_size} rows of {order.seq_len} positions cannot be divided evenly "
+                    f"as {sharding.spec} over the mesh {dict(sharding.mesh.shape)}; change batch_size, seq_len "
+                    "or the mesh"
+                ) from error
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         import grain

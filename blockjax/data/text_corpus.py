@@ -112,7 +112,7 @@ def prepared(source: Source, data_dir: Path, quiet: bool) -> tfds.core.DatasetBu
         if not _complete(path):
             with locked(path.parent):
                 if not _complete(path):  # another process may have been first
-                    shutil.rmtree(path, ignore_errors=True)
+                    shutil.rmtree(path.parent, ignore_errors=True)  # also what a crash left half written
                     _prepare(source, name, data_dir, quiet)
         return tfds.builder_from_directory(path)
 

@@ -84,7 +84,14 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
 
     with pytest.raises(RuntimeError):
         token_index(corpus, Failing(), "train", tmp_path, quiet=True)
-    assert not [p for p in (tmp_path / "token_index").iterdir() if p.is_dir()]
+    folder = tmp_path / "token_index"
+    assert not [p for p in folder.iterdir() if p.is_dir()]
+
+    # What a killed process could not tidy up goes with the next attempt.
+    lock = next(folder.glob(".*.lock"))
+    (folder / f"{lock.stem}.killed").mkdir()
+    token_index(corpus, open_tokenizer("bytes"), "train", tmp_path, quiet=True)
+    assert [p.name for p in folder.iterdir() if p.is_dir()] == [lock.stem[1:]]
 
 
 def _count(source, data):
