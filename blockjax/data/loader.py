@@ -42,9 +42,9 @@ class Loader:
                 sharding.shard_shape(self._shape)
             except ValueError as error:
                 raise UsageError(
-                    f"a batch of {order.batch_size} rows of {order.seq_len} positions cannot be divided evenly "
-                    f"as {sharding.spec} over the mesh {dict(sharding.mesh.shape)}; change batch_size, seq_len "
-                    "or the mesh"
+                    f"a batch of {order.batch_size} rows of {order.seq_len} positions cannot be divided "
+                    f"evenly as {sharding.spec} over the mesh {dict(sharding.mesh.shape)}; change "
+                    "batch_size, seq_len or the mesh"
                 ) from error
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
