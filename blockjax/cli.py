@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 from blockjax.errors import UsageError, nearest
+from blockjax.train.display import quiet
 from blockjax.train.config import flat_keys, load_config
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main()`; leaves with code 2 on a `UsageError`, 130 on Ctrl-C."""
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(lambda _: _quietly(main), flags_parser=_parse)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -38,11 +39,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
             if key != name and key not in known:
                 raise UsageError(f"Unknown config key {key!r}.{nearest(key, known)}")
     elif any(name.startswith("config.") for name in given):
-        raise UsageError("--config.KEY=VALUE changes a config file; name it with --config=configs/NAME.py first.")
+        raise UsageError(
+            "--config.KEY=VALUE changes a config file; name it with --config=configs/NAME.py first."
+        )
     try:
         return flags.FLAGS(argv) if not _wants_help(argv) else app.parse_flags_with_usage(argv)
     except flags.Error as error:
         raise UsageError(f"{error}. See --help for all flags.") from error
+
+
+def _quietly(main: Callable[[], None]) -> None:
+    quiet()  # once absl has read its own flags
+    main()
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

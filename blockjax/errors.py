@@ -1,6 +1,5 @@
 """The one exception that means: what the user gave cannot work."""
 
-
 import difflib
 from collections.abc import Iterable
 

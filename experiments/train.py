@@ -12,11 +12,15 @@ from blockjax import cli
 from blockjax.analysis import report
 from blockjax.train import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "file in configs/, with an optional argument after ':'")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "file in configs/, with an optional argument after ':'"
+)
 RUN = flags.DEFINE_string("run", None, "run folder, on disk or gs://; continued if it exists")
 PROFILE = flags.DEFINE_list("profile", None, "first,last step of an xprof trace in RUN/profile")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other hosts of a TPU pod or a Slurm job")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "address:port of process 0, where hosts cannot be found")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "address:port of process 0, where hosts cannot be found"
+)
 PROCESSES = flags.DEFINE_integer("processes", None, "number of processes, with --coordinator")
 PROCESS = flags.DEFINE_integer("process", None, "index of this process, with --coordinator")
 

@@ -57,7 +57,9 @@ class KVCache:
             self.positions.at[row, slot].set(positions),
         )
 
-    def attend(self, q: jax.Array, spec: LayerSpec, positions: jax.Array, *, block: int, soft_cap=None) -> jax.Array:
+    def attend(
+        self, q: jax.Array, spec: LayerSpec, positions: jax.Array, *, block: int, soft_cap=None
+    ) -> jax.Array:
         """One query a sequence, q [B, 1, N, H] at positions [B], over what the layer sees of the cache."""
         C = self.k.shape[1]
         size = min(block, C)

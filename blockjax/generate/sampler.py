@@ -34,7 +34,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise UsageError(f"temperature={self.temperature} must not be negative; 0 takes the most likely token.")
+            raise UsageError(
+                f"temperature={self.temperature} must not be negative; 0 takes the most likely token."
+            )
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} must not be negative; 0 keeps all tokens.")
         if not 0 < self.top_p <= 1:
@@ -143,14 +145,23 @@ def generate(
       The new ids of each prompt.
     """
     if not prompts or min(len(p) for p in prompts) == 0 or max_new_tokens < 1:
-        raise UsageError(f"Generation needs prompts of at least one token and max_new_tokens={max_new_tokens} >= 1.")
+        raise UsageError(
+            f"Generation needs prompts of at least one token and max_new_tokens={max_new_tokens} >= 1."
+        )
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     graph, params = nnx.split(model)
     new = _generate(
-        graph, params, tokens, lengths, jax.random.key(seed), max_new_tokens, sampling, vocab_size or model.config.vocab_size
+        graph,
+        params,
+        tokens,
+        lengths,
+        jax.random.key(seed),
+        max_new_tokens,
+        sampling,
+        vocab_size or model.config.vocab_size,
     )
     return [row[: _first(row, stop)] for row in np.asarray(new)]
 

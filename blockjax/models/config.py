@@ -71,7 +71,16 @@ class TransformerConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "depth", "width", "heads", "kv_heads", "head_dim", "ffn", "attention_block"):
+        for name in (
+            "vocab_size",
+            "depth",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "ffn",
+            "attention_block",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"model.{name}={getattr(self, name)} must be at least 1.")
         if self.heads % self.kv_heads:
@@ -119,7 +128,9 @@ def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
     return tuple(specs)
 
 
-def _size(depth: int, width: int, heads: int, kv_heads: int, ffn: int, head_dim: int = 0, tied: bool = False) -> dict:
+def _size(
+    depth: int, width: int, heads: int, kv_heads: int, ffn: int, head_dim: int = 0, tied: bool = False
+) -> dict:
     return dict(
         depth=depth,
         width=width,
@@ -157,5 +168,3 @@ def preset(name: str, *, vocab_size: int = 257, **overrides) -> TransformerConfi
         if key not in fields:
             raise UsageError(f"Unknown model field {key!r}.{nearest(key, fields)}")
     return TransformerConfig(**{"vocab_size": vocab_size, **PRESETS[name], **overrides})
-
-

@@ -31,7 +31,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
     "full": jax.checkpoint,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 

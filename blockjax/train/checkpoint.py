@@ -9,7 +9,8 @@ from __future__ import annotations
 import orbax.checkpoint as ocp
 from etils import epath
 
-from blockjax.train.step import TrainState
+from blockjax.train.config import ConfigDict
+from blockjax.train.state import TrainState
 
 
 class Checkpoints:
@@ -17,12 +18,13 @@ class Checkpoints:
 
     Args:
       folder: absolute path or bucket URL; need not exist.
-      keep: how many of the newest to keep.
+      config: `keep_checkpoints`, how many of the newest to keep.
     """
 
-    def __init__(self, folder: epath.Path, keep: int = 2):
-        self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    def __init__(self, folder: epath.Path, config: ConfigDict):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_checkpoints, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest(self) -> int | None:
@@ -43,9 +45,11 @@ class Checkpoints:
         """
         return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(_tree(like))))
 
-    def wait(self) -> None:
-        """Blocks until everything saved is on disk; raises what a write raised."""
-        self._manager.wait_until_finished()
+    def restore_params(self, step: int, like: dict) -> dict:
+        """Reads the parameters only, into the shapes and shardings of `like`."""
+        restore_args = ocp.checkpoint_utils.construct_restore_args({"params": like})
+        args = ocp.args.PyTreeRestore({"params": like}, restore_args=restore_args, partial_restore=True)
+        return self._manager.restore(step, args=args)["params"]
 
     def close(self) -> None:
         """Waits and releases the threads."""

@@ -14,7 +14,7 @@ import pathlib
 import runpy
 import traceback
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from blockjax.errors import UsageError, nearest
 from blockjax.models import TransformerConfig, preset
@@ -22,11 +22,11 @@ from blockjax.models import TransformerConfig, preset
 IDENTITY = ("seed", "model", "data", "optimizer")
 
 
-def base_config(size: str = "nano") -> ml_collections.ConfigDict:
+def base_config(size: str = "nano") -> ConfigDict:
     """All keys with their defaults, and a model of a size from `models.PRESETS`."""
     fields = dataclasses.asdict(preset(size))
     del fields["vocab_size"], fields["remat"]  # set by the tokenizer, and by `run.remat`
-    return ml_collections.ConfigDict(
+    return ConfigDict(
         dict(
             seed=0,
             model=fields,
@@ -72,7 +72,7 @@ def base_config(size: str = "nano") -> ml_collections.ConfigDict:
     )
 
 
-def load_config(spec: str) -> ml_collections.ConfigDict:
+def load_config(spec: str) -> ConfigDict:
     """The config that a file makes.
 
     Args:
@@ -99,7 +99,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         raise UsageError(f"{name} has no function get_config(arg) that returns a ConfigDict.") from error
     except Exception as error:
         raise UsageError(f"{name} fails: {_where(error, name)}.") from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config in {name} returns a {type(config).__name__}, not a ConfigDict.")
     return config
 
@@ -133,7 +133,7 @@ def parse_arg(arg: str | None, **defaults):
         if key not in defaults:
             raise UsageError(f"Unknown config argument {key!r}.{nearest(key, defaults)}")
         values[key] = _typed(key, value, defaults[key])
-    return ml_collections.ConfigDict(values)
+    return ConfigDict(values)
 
 
 def _typed(key: str, text: str, default):
@@ -146,11 +146,13 @@ def _typed(key: str, text: str, default):
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):
-        raise UsageError(f"Config argument {key}={text} must be of type {type(default).__name__}, like {default}.")
+        raise UsageError(
+            f"Config argument {key}={text} must be of type {type(default).__name__}, like {default}."
+        )
     return value
 
 
-def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def runlocal(config: ConfigDict) -> ConfigDict:
     """Cuts any config to a run of about a minute on a laptop, same code paths."""
     config = config.copy_and_resolve_references()
     config.model.update(depth=min(config.model.depth, 4), width=64, heads=4, head_dim=16, ffn=128)
@@ -161,7 +163,7 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def check(config: ml_collections.ConfigDict, vocab_size: int = 257) -> TransformerConfig:
+def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
     """Checks keys and numbers before anything is prepared or compiled.
 
     Returns:
@@ -187,7 +189,7 @@ def check(config: ml_collections.ConfigDict, vocab_size: int = 257) -> Transform
     return TransformerConfig(**config.model, vocab_size=vocab_size, remat=config.run.remat)
 
 
-def check_mesh(config: ml_collections.ConfigDict, mesh) -> None:
+def check_mesh(config: ConfigDict, mesh) -> None:
     """Checks that batches divide over the mesh.
 
     Raises:
@@ -206,13 +208,13 @@ def check_mesh(config: ml_collections.ConfigDict, mesh) -> None:
         )
 
 
-def identity(config: ml_collections.ConfigDict) -> dict:
+def identity(config: ConfigDict) -> dict:
     """The part of a config that a run folder holds fast, flat: `model.depth` -> 12."""
     flat = _flat(config)
     return {key: flat[key] for key in sorted(flat) if key.split(".")[0] in IDENTITY}
 
 
-def flat_keys(config: ml_collections.ConfigDict) -> set[str]:
+def flat_keys(config: ConfigDict) -> set[str]:
     """Every key that can be set, sections included: `model` and `model.depth`."""
     leaves = _flat(config)
     return {".".join(key.split(".")[:i]) for key in leaves for i in range(1, key.count(".") + 2)}
@@ -227,5 +229,10 @@ def _flat(config, prefix: str = "") -> dict:
     flat = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, ml_collections.ConfigDict) else {name: value}
+        flat |= _flat(value, f"{name}.") if isinstance(value, ConfigDict) else {name: value}
     return flat
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0

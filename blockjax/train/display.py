@@ -30,7 +30,7 @@ class Display:
     Use as a context manager; `say` prints a sentence above the bar.
     """
 
-    def __init__(self, total: int, start: int = 0, console: Console | None = None, quiet: bool = False):
+    def __init__(self, total: int, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(quiet=quiet)
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -42,9 +42,9 @@ class Display:
             disable=not self.console.is_terminal,
             expand=True,
         )
-        self._task = self._bar.add_task("", total=total, completed=start)
+        self._task = self._bar.add_task("", total=total)
         self._total = total
-        self._begin = (time.monotonic(), start)
+        self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -60,7 +60,12 @@ class Display:
     def update(self, step: int, text: str) -> None:
         """Shows that `step` steps are done, with `text` beside it."""
         self._bar.update(self._task, completed=step, description=text)
-        if not self.console.is_terminal:
-            seconds, first = self._begin
-            left = (time.monotonic() - seconds) / max(1, step - first) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  {left:.0f} s left")
+        if self.console.is_terminal:
+            return
+        now = time.monotonic()
+        left = ""
+        if self._first:
+            pace = (now - self._first[0]) / (step - self._first[1])
+            left = f"  {pace * (self._total - step):.0f} s left"
+        self._first = self._first or (now, step)
+        self.say(f"step {step}/{self._total}  {text}{left}")

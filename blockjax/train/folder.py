@@ -19,11 +19,13 @@ class RunFolder:
     `local` is the folder itself.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, create: bool = True):
         if not path:
             raise UsageError("No run folder: name one with --run=runs/NAME or --run=gs://BUCKET/NAME.")
         self.path = epath.Path(path)
         self.remote = "://" in path
+        if not create and not self.path.exists():
+            raise UsageError(f"There is no run folder {path}.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.remote:

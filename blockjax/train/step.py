@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,34 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from blockjax.models import LayerSpec, Transformer
+from blockjax.models import LayerSpec
 from blockjax.train.loss import LossSums, cross_entropy
+from blockjax.train.state import TrainState
 
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids")  # each [B, T] int32
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that training carries from step to step; what a checkpoint holds.
-
-    Attributes:
-      step: int32 scalar, updates done so far; batch number `step` comes next.
-      params: dict of float32 parameters, from `nnx.to_pure_dict`.
-      opt_state: state of the optimizer.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-
-
-def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def loss_sums(graph: nnx.GraphDef, params, batch: Batch) -> LossSums:
@@ -109,6 +87,11 @@ def make_train_step(
     return step
 
 
-def make_eval_step(graph: nnx.GraphDef) -> Callable[[Any, Batch], LossSums]:
-    """`(params, batch) -> LossSums`."""
-    return lambda params, batch: loss_sums(graph, params, batch)
+def make_eval_step(graph: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
+    """`(params, batch) -> {nats, tokens, bytes}`, sums over the targets of the batch."""
+
+    def step(params, batch: Batch) -> Metrics:
+        sums = loss_sums(graph, params, batch)
+        return {"nats": sums.nats, "tokens": sums.tokens, "bytes": jnp.sum(batch["target_bytes"])}
+
+    return step

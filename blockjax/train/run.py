@@ -1,0 +1,131 @@
+"""A run as others meet it: its folder, its model, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from blockjax import data
+from blockjax.errors import UsageError
+from blockjax.generate import Sampling, generate
+from blockjax.models import Transformer
+from blockjax.parallel.mesh import make_mesh
+from blockjax.train import config as configs
+from blockjax.train.checkpoint import Checkpoints
+from blockjax.train.folder import RunFolder, check_identity
+from blockjax.train.state import plan_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model and where it came from.
+
+    Attributes:
+      folder: the run folder.
+      config: the config as it ran.
+      model: the decoder, its parameters placed on `mesh`.
+      tokenizer: of the run.
+      mesh: the devices.
+      step: updates done.
+    """
+
+    folder: RunFolder
+    config: configs.ConfigDict
+    model: Transformer
+    tokenizer: data.Tokenizer
+    mesh: Mesh
+    step: int
+
+
+def open_run(path: str, mesh: Mesh | None = None) -> Run:
+    """Loads the newest checkpoint of a run folder; parameters only.
+
+    Args:
+      path: run folder, on disk or `gs://`.
+      mesh: where to put the parameters; defaults to one device.
+
+    Raises:
+      UsageError: no run there, no checkpoint yet, or another tokenizer behind the same name.
+    """
+    mesh = mesh or make_mesh({}, jax.devices()[:1])
+    folder = RunFolder(path, create=False)
+    record = folder.read_record()
+    if record is None:
+        raise UsageError(f"There is no run in {path}: run.json is missing. Train one with `make train`.")
+    config = configs.ConfigDict(record["config"])
+    tokenizer = data.open_tokenizer(config.data.tokenizer)
+    check_identity(record, {**record, "tokenizer": describe_tokenizer(tokenizer)}, path)
+    model_config = configs.check(config, vocab_size=padded_vocab(tokenizer))
+    with jax.set_mesh(mesh):
+        plan = plan_state(model_config, config, mesh)
+        checkpoints = Checkpoints(folder.checkpoints, config.run)
+        step = checkpoints.latest()
+        if step is None:
+            raise UsageError(f"Run folder {path} has no checkpoint yet.")
+        params = checkpoints.restore_params(step, plan.abstract.params)
+        checkpoints.close()
+    return Run(folder, config, nnx.merge(plan.graph, params), tokenizer, mesh, step)
+
+
+def generate_text(
+    run: Run, prompts: Sequence[str], max_new_tokens: int, *, sampling: Sampling, seed: int = 0
+) -> list[str]:
+    """What the run's model writes after each prompt; an empty prompt starts a document.
+
+    Args:
+      prompts: texts; each is read as the beginning of a document.
+      max_new_tokens: most tokens to add to each.
+      sampling: how tokens are drawn.
+      seed: of the draws.
+    """
+    boundary = run.tokenizer.boundary
+    ids = [np.array([boundary, *run.tokenizer.encode(text)]) for text in prompts]
+    with jax.set_mesh(run.mesh):
+        new = generate(
+            run.model,
+            ids,
+            max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=boundary,
+            vocab_size=run.tokenizer.vocab_size,
+        )
+    return [run.tokenizer.decode(row) for row in new]
+
+
+def padded_vocab(tokenizer: data.Tokenizer) -> int:
+    """Rows of the embedding: a multiple of 8, so that it divides over tensor-parallel devices."""
+    return math.ceil(tokenizer.vocab_size / 8) * 8
+
+
+def describe_tokenizer(tokenizer: data.Tokenizer) -> dict:
+    """What `run.json` says of a tokenizer."""
+    return {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "digest": tokenizer.fingerprint}
+
+
+def claim(
+    folder: RunFolder, config: configs.ConfigDict, corpus: data.Corpus, tokenizer: data.Tokenizer
+) -> None:
+    """Writes `run.json` in a fresh folder; in a used one checks that it is the same run.
+
+    Raises:
+      UsageError: another identity, tokenizer or corpus; names what differs.
+    """
+    record = {
+        "identity": configs.identity(config),
+        "config": config.to_dict(),
+        "tokenizer": describe_tokenizer(tokenizer),
+        "corpus": {"name": corpus.name, "digest": corpus.digest},
+    }
+    old = folder.read_record()
+    if old is None:
+        if jax.process_index() == 0:
+            folder.write_record(record)
+        return
+    check_identity(old, record, folder.path)
