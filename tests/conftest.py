@@ -1,0 +1,15 @@
+"""Eight CPU devices for every test, set before jax is imported."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where installed, asks the network otherwise
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# A second run reads what the first one compiled; subprocesses take part.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
