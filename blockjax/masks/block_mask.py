@@ -269,7 +269,8 @@ class BlockMask:
 
     def visible_pairs(self) -> float:
         """Query-key pairs that see each other: the useful work. Mean over the lists; concrete masks only."""
-        return views.visible_pairs(self)
+        views.require_concrete(self, "visible_pairs()")
+        return self._visible_pairs()
 
     def plot(self, *, batch: int = 0, head: int = 0, ax=None):
         """A matplotlib figure of empty, partial and full blocks for one batch entry and head."""
@@ -362,6 +363,11 @@ class Ranges(BlockMask):
         tag = xp.where((full_lo <= block) & (block < full_hi), 1 | FULL_TAG, 1)
         return xp.where((lo <= block) & (block < hi), tag, 0).astype(np.uint8)[None, None]
 
+    def _visible_pairs(self) -> float:
+        first, stop = self.predicate.interval(self.q_offset + np.arange(self.T))
+        first, stop = (np.clip(x - self.kv_offset, 0, self.S) for x in (first, stop))
+        return float(np.maximum(stop - first, 0).sum())
+
     def _rows(self, start, count, piece):
         return piece
 
@@ -416,6 +422,9 @@ class Lists(BlockMask):
             np.maximum.at(tags, where, self.tag)
             return tags
         return jnp.zeros((b, h, nq, self.nk), jnp.uint8).at[where].max(self.tag)
+
+    def _visible_pairs(self) -> float:
+        return views.visible_pairs_of_tiles(self)
 
     def _rows(self, start, count, piece):
         def cut(x):

@@ -12,7 +12,7 @@ mask follow. Values are computed with NumPy while all leaves are concrete, so th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,24 @@ class Predicate:
 
 
 def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
+    """A frozen dataclass as a pytree; fields marked static are part of its structure.
+
+    Not `register_dataclass`: structures made by it compare equal across classes with the same fields
+    (jax 0.12), and `Causal` would pass for `Everything`.
+    """
+    cls = dataclass(frozen=True, eq=False, repr=False)(cls)
+    static = tuple(f.name for f in fields(cls) if f.metadata.get("static"))
+    leaves = tuple(f.name for f in fields(cls) if f.name not in static)
+
+    def flatten(x):
+        children = [(jax.tree_util.GetAttrKey(name), getattr(x, name)) for name in leaves]
+        return children, tuple(getattr(x, name) for name in static)
+
+    def unflatten(values, children):
+        return cls(**dict(zip(static, values, strict=True)), **dict(zip(leaves, children, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
 
 
 @_pytree

@@ -7,9 +7,8 @@ from blockjax.errors import UsageError
 from blockjax.masks.predicates import EMPTY, FULL, PARTIAL, is_concrete
 
 
-def visible_pairs(mask) -> float:
-    """Visible query-key pairs, mean over the mask's lists."""
-    _require_concrete(mask, "visible_pairs()")
+def visible_pairs_of_tiles(mask) -> float:
+    """Visible query-key pairs, mean over the mask's lists; evaluates each distinct partial tile once."""
     tags = mask.tags()
     b, h, nq, _ = tags.shape
     total = 0
@@ -17,7 +16,6 @@ def visible_pairs(mask) -> float:
         rows = min(mask.bq, mask.T - row * mask.bq)
         full = tags[:, :, row] >= 0x80
         total += rows * mask.bk * int(full.sum())
-        # Heads often share tiles: each distinct (block, tag) is evaluated once.
         partial = np.argwhere((tags[:, :, row] > 0) & ~full)
         keys, times = np.unique(
             [(j, tags[i, k, row, j]) for i, k, j in partial] or np.zeros((0, 2), int),
@@ -49,7 +47,7 @@ def plot(mask, *, batch: int, head: int, ax=None):
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    _require_concrete(mask, "plot()")
+    require_concrete(mask, "plot()")
     b, h = mask.lists_shape
     if not (0 <= batch < b and 0 <= head < h):
         raise UsageError(
@@ -92,6 +90,6 @@ def _tile(mask, visible, row, block) -> np.ndarray:
         return np.broadcast_to(np.asarray(visible(pq[:, None], pk)), (len(pq), len(pk)))
 
 
-def _require_concrete(mask, what: str):
+def require_concrete(mask, what: str):
     if not is_concrete(mask):
         raise UsageError(f"{what} needs a mask whose values are known; call it outside jit.")
