@@ -363,7 +363,8 @@ class AttentionSuite:
         self.compare(mask, arrays=arrays, learned=dict(slope=jnp.full(4, 0.05)))
 
     def test_full_promises_do_not_count_with_positions(self):
-        mask = BlockMask.causal(T, **BLOCKS)
+        mask = BlockMask.causal(T, **BLOCKS, q_offset=T)
+        assert (mask.tags() >= 0x80).all()
         self.compare(mask, arrays=dict(q_positions=jnp.arange(T) // 2))
 
     @pytest.mark.parametrize("new", [1, 3])
@@ -392,10 +393,16 @@ class AttentionSuite:
         def decode(q, k, v, left):
             mask = BlockMask.from_predicate(Window(left), new, cache, **BLOCKS, prune=False)
             return block_sparse_attention(
-                q, k, v, mask, q_segment_ids=jnp.zeros((B, new), int), kv_segment_ids=jnp.asarray(kv_segments),
-                q_positions=jnp.asarray(q_positions), kv_positions=jnp.asarray(kv_positions),
+                q,
+                k,
+                v,
+                mask,
+                q_segment_ids=jnp.zeros((B, new), int),
+                kv_segment_ids=jnp.asarray(kv_segments),
+                q_positions=jnp.asarray(q_positions),
+                kv_positions=jnp.asarray(kv_positions),
                 implementation=self.implementation,
-            )  # fmt: skip
+            )
 
         assert_close(decode(q[rows, q_positions], cached_k, cached_v, left), want[rows, q_positions])
 

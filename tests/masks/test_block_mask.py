@@ -193,7 +193,6 @@ def test_traced_indices_are_sorted_made_unique_and_pruned():
 
     mask = build(index)
     np.testing.assert_array_equal(mask.counts[0, 0], [0, 1, 0, 4])
-    listed = [[1], [0], [], [0, 1, 2, 3]]
     assert [list(np.flatnonzero(row)) for row in mask.tags()[0, 0]] == [[], [0], [], [0, 1, 2, 3]]
     everything = jax.jit(lambda i: BlockMask.from_indices(i, bq=16, bk=16, predicate=Causal(), prune=False))(
         index
