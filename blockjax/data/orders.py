@@ -7,7 +7,6 @@ the permutation turn a position of the stream into a document and an offset, so 
 is read directly. Nothing here knows how many processes there are.
 """
 
-import difflib
 import functools
 import heapq
 import itertools
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockjax.data.index import TokenIndex
-from blockjax.errors import UsageError
+from blockjax.errors import UsageError, nearest
 
 Batch = dict[str, np.ndarray]
 
@@ -145,17 +144,23 @@ class Order:
 
 
 class Packed(Order):
-    """All rows from one stream: row b of batch k is its positions [(kB + b) T, (kB + b + 1) T).
+    """Rows cut from one stream, an epoch's worth of them at a time dealt in a permuted order.
 
-    No position is padding. A document may go on in the next row, as a new segment.
+    Neighbouring rows often come from one document; the permutation keeps them out of one batch,
+    whose gradient would otherwise know that document only. No position is padding, none is left
+    out. A document may go on in another row, as a new segment.
     """
 
     def __init__(self, index: TokenIndex, batch_size: int, seq_len: int, seed: int):
         super().__init__(index, batch_size, seq_len)
         self._stream = DocumentStream(index.num_targets, (seed,))
+        self.deck = max(1, self._stream.epoch_length // seq_len)  # rows permuted together
+        self._dealt = functools.lru_cache(maxsize=2)(lambda n: permutation((seed, n, 1), self.deck))
 
     def row(self, k: int, b: int) -> list[Fragment]:
-        return self._stream.read((k * self.batch_size + b) * self.seq_len, self.seq_len)
+        deck, place = divmod(k * self.batch_size + b, self.deck)
+        row = deck * self.deck + int(self._dealt(deck)[place])
+        return self._stream.read(row * self.seq_len, self.seq_len)
 
 
 class Stream(Order):
@@ -185,8 +190,8 @@ class Stream(Order):
 class Evaluation(Order):
     """The same rows at every evaluation of every run, each position at most once.
 
-    Documents are shuffled once, whatever the seed of the run, so that the first batches are a fair
-    sample. What the last batch lacks is padding: targets -1, segment ids -1, no target bytes.
+    Rows are shuffled once, whatever the seed of the run, so that the first batches are a fair sample.
+    What the last batch lacks is padding: targets -1, segment ids -1, no target bytes.
 
     Args:
         batches: how many batches at most; None for the whole split. `len()` is how many there are.
@@ -197,14 +202,18 @@ class Evaluation(Order):
         if batches is not None and batches < 1:
             raise UsageError(f"the number of evaluation batches must be at least 1, and is {batches}")
         self._stream = DocumentStream(index.num_targets, (0,))
-        whole = -(-self._stream.epoch_length // (batch_size * seq_len))
+        self._rows = permutation((0,), -(-self._stream.epoch_length // seq_len))
+        whole = -(-len(self._rows) // batch_size)
         self._batches = whole if batches is None else min(batches, whole)
 
     def __len__(self) -> int:
         return self._batches
 
     def row(self, k: int, b: int) -> list[Fragment]:
-        begin = (k * self.batch_size + b) * self.seq_len
+        place = k * self.batch_size + b
+        if place >= len(self._rows):
+            return []
+        begin = int(self._rows[place]) * self.seq_len
         return self._stream.read(begin, min(self.seq_len, self._stream.epoch_length - begin))
 
 
@@ -235,9 +244,7 @@ def make_order(name: str, index: TokenIndex, batch_size: int, seq_len: int, seed
         UsageError: unknown name, a size below 1, a negative seed, or too few documents.
     """
     if name not in ORDERS:
-        near = difflib.get_close_matches(name, ORDERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(ORDERS)}"
-        raise UsageError(f"there is no order {name!r}; {hint}")
+        raise UsageError(f"there is no order {name!r}.{nearest(name, ORDERS)}")
     if seed < 0:
         raise UsageError(f"the seed of the data order must not be negative, and is {seed}")
     return ORDERS[name](index, batch_size, seq_len, seed)
