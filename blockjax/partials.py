@@ -32,10 +32,9 @@ def merge(a: Partial, b: Partial) -> Partial:
     (o_a, lse_a), (o_b, lse_b) = map(_float32, a), map(_float32, b)
     top = jnp.maximum(lse_a, lse_b)
     seen = top > -jnp.inf
-    # Both uses of `where` matter: -inf must be gone before exp and log, or its gradient is NaN.
+    # -inf must be gone before exp and log: a `where` on their results alone leaves NaN in the gradient.
     top = jax.lax.stop_gradient(jnp.where(seen, top, 0.0))
-    w_a = _weight(lse_a, top)
-    w_b = _weight(lse_b, top)
+    w_a, w_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     total = jnp.where(seen, w_a + w_b, 1.0)
     o = (w_a / total)[..., None] * o_a + (w_b / total)[..., None] * o_b
     return o, jnp.where(seen, top + jnp.log(total), -jnp.inf)
@@ -44,11 +43,6 @@ def merge(a: Partial, b: Partial) -> Partial:
 def fold(parts: Iterable[Partial]) -> Partial:
     """Merges one or more partials, left to right."""
     return functools.reduce(merge, parts)
-
-
-def _weight(lse: jax.Array, top: jax.Array) -> jax.Array:
-    seen = lse > -jnp.inf
-    return jnp.where(seen, jnp.exp(jnp.where(seen, lse - top, 0.0)), 0.0)
 
 
 def _float32(x: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from blockjax.masks.predicates import (
     EMPTY,
     FAR,
     FULL,
+    FULL_TAG,
     Causal,
     Chunked,
     Everything,
@@ -40,7 +41,6 @@ from blockjax.masks.predicates import (
     same,
 )
 
-FULL_TAG = 0x80
 MAX_PREDICATES = 7
 
 _static = functools.partial(field, metadata={"static": True})

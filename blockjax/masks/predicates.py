@@ -19,6 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+"""What a predicate says of a tile: it holds nowhere, it must be tested, it holds everywhere."""
+
+FULL_TAG = 0x80
+"""Bit 7 of an entry's tag in a mask: the promise that its tile is full."""
 
 FAR = 2**30
 """Farther than any position: int32, and the sum of one position and this does not overflow."""
@@ -166,8 +170,8 @@ class Function(Predicate):
         return self.fn(pq, pk, *self.args)
 
     def classify(self, q_first, q_last, k_first, k_last):
-        unknown = (q_first == q_first) & (k_first == k_first)
-        return array_module(unknown).where(unknown, PARTIAL, PARTIAL).astype(np.int8)
+        shape = np.broadcast_shapes(np.shape(q_first), np.shape(k_first))
+        return np.full(shape, PARTIAL, np.int8)
 
 
 @_pytree

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from blockjax.errors import UsageError
-from blockjax.masks.predicates import EMPTY, FULL, PARTIAL, is_concrete
+from blockjax.masks.predicates import EMPTY, FULL, FULL_TAG, PARTIAL, is_concrete
 
 
 def visible_pairs_of_tiles(mask) -> float:
@@ -14,7 +14,7 @@ def visible_pairs_of_tiles(mask) -> float:
     total = 0
     for row in range(nq):
         rows = min(mask.bq, mask.T - row * mask.bq)
-        full = tags[:, :, row] >= 0x80
+        full = tags[:, :, row] >= FULL_TAG
         total += rows * mask.bk * int(full.sum())
         partial = np.argwhere((tags[:, :, row] > 0) & ~full)
         keys, times = np.unique(
@@ -54,7 +54,7 @@ def plot(mask, *, batch: int, head: int, ax=None):
             f"The mask has lists for {b} batch entries and {h} heads, got batch={batch}, head={head}."
         )
     tags = mask.tags()[batch, head]
-    kind = np.where(tags >= 0x80, FULL, np.where(tags > 0, PARTIAL, EMPTY))
+    kind = np.where(tags >= FULL_TAG, FULL, np.where(tags > 0, PARTIAL, EMPTY))
     colours = ("#f4f1ea", "#f2a65a", "#2f4b7c")
     if ax is None:
         figure, ax = plt.subplots(figsize=(6.0, 5.4), layout="constrained")

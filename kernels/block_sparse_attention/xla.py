@@ -20,10 +20,10 @@ from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
-from blockjax.masks.block_mask import FULL_TAG
+from blockjax.masks import FULL_TAG
 
 STEP_KEYS = 128
-"""Keys a step at least: small blocks are gathered together to feed one larger product."""
+"""Least number of keys a step: smaller blocks are gathered together, to feed one larger product."""
 
 
 def supports(spec: Spec) -> str | None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from blockjax.errors import UsageError
-from blockjax.masks import FAR, BlockMask, Causal, Function, Window
+from blockjax.masks import FAR, FULL_TAG, BlockMask, Causal, Function, Window
 
 T, S = 80, 96
 BLOCKS = dict(bq=16, bk=16)
@@ -364,7 +364,7 @@ class AttentionSuite:
 
     def test_full_promises_do_not_count_with_positions(self):
         mask = BlockMask.causal(T, **BLOCKS, q_offset=T)
-        assert (mask.tags() >= 0x80).all()
+        assert (mask.tags() >= FULL_TAG).all()
         self.compare(mask, arrays=dict(q_positions=jnp.arange(T) // 2))
 
     @pytest.mark.parametrize("new", [1, 3])
@@ -485,22 +485,29 @@ class AttentionSuite:
         assert_close(ours, theirs)
 
     @pytest.mark.parametrize("check_vma", [True, False])
-    def test_shard_map(self, check_vma):
-        """Batch over devices, keys and values shared by all, so that their gradients are summed."""
-        mask = MASKS["or"]()
+    @pytest.mark.parametrize("axis", ["batch", "queries"])
+    def test_shard_map(self, axis, check_vma):
+        """With queries sharded, each device sees all keys, and their gradients are summed over devices."""
+        mask = BlockMask.from_block_bool(random_blocks(1, 2, 4, 6), 64, S, **BLOCKS, predicate=Causal())
         (q, k, v), (do, _) = make(0, mask)
-        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        P = jax.sharding.PartitionSpec
+        n = min(2, jax.device_count())
+        mesh = jax.make_mesh((n,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
+        spec, kv_spec = (jax.P("x"), jax.P("x")) if axis == "batch" else (jax.P(None, "x"), jax.P())
 
-        def attend(q, k, v):
-            return block_sparse_attention(q, k, v, mask, implementation=self.implementation)
+        def local(q, k, v):
+            rows = mask.nq // n
+            part = mask if axis == "batch" else mask.rows(jax.lax.axis_index("x") * rows, rows)
+            return block_sparse_attention(q, k, v, part, implementation=self.implementation)
+
+        def loss(attend, *x):
+            return jnp.sum(attend(*x) * do)
 
         sharded = jax.shard_map(
-            attend, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data"), check_vma=check_vma
+            local, mesh=mesh, in_specs=(spec, kv_spec, kv_spec), out_specs=spec, check_vma=check_vma
         )
-        ours = jax.jit(jax.grad(lambda *x: jnp.sum(sharded(*x) * do), (0, 1, 2)))(q, k, v)
-        theirs = jax.grad(lambda *x: jnp.sum(attend(*x) * do), (0, 1, 2))(q, k, v)
-        assert_close(ours, theirs)
+        whole = functools.partial(block_sparse_attention, mask=mask, implementation="reference")
+        gradients = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2))) for f in (sharded, whole))
+        assert_close(*(g(q, k, v) for g in gradients))
 
     @pytest.mark.parametrize("form", ["ranges", "lists"])
     def test_memory_is_linear(self, form):

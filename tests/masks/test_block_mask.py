@@ -2,17 +2,26 @@
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockjax.errors import UsageError
-from blockjax.masks import FAR, BlockMask, Causal, Chunked, Everything, Function, Lists, Ranges, Window
-from blockjax.masks.block_mask import FULL_TAG, MAX_PREDICATES
+from blockjax.masks import (
+    FAR,
+    FULL_TAG,
+    BlockMask,
+    Causal,
+    Chunked,
+    Everything,
+    Function,
+    Lists,
+    Ranges,
+    Window,
+)
+from blockjax.masks.block_mask import MAX_PREDICATES
 
-matplotlib.use("Agg")
 BLOCKS = dict(bq=8, bk=16)
 
 
