@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from absl import app, flags
 
 from blockjax.errors import UsageError, nearest
+from blockjax.train.config import ConfigDict, flatten, load_config, typed
 from blockjax.train.display import quiet
-from blockjax.train.config import flat_keys, load_config
+
+NO_CONFIG = "No config: name a file with --config=configs/NAME.py."
 
 
 def run(main: Callable[[], None]) -> None:
@@ -17,41 +20,100 @@ def run(main: Callable[[], None]) -> None:
     try:
         app.run(lambda _: _quietly(main), flags_parser=_parse)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
 
 
+def join_hosts(distributed: bool, coordinator: str | None, processes: int | None, index: int | None) -> None:
+    """Joins the other processes of a run, if it has any; before anything asks for devices.
+
+    Args:
+      distributed: find the others through the TPU pod or Slurm.
+      coordinator: address:port of process 0, where they cannot be found.
+      processes, index: how many there are and which one this is, with `coordinator`.
+
+    Raises:
+      UsageError: they do not come together.
+    """
+    if not coordinator and (processes is not None or index is not None):
+        raise UsageError("--processes and --process need --coordinator=ADDRESS:PORT of process 0.")
+    if distributed or coordinator:
+        try:
+            jax.distributed.initialize(coordinator, processes, index)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"The processes of the run do not come together: {error}") from error
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
-    # ml_collections ends in tracebacks for these mistakes, so they are looked for first.
-    argv = list(argv)
-    given = {}
-    for i, word in enumerate(argv):
-        name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("--"):
-            given[name] = value if equals else " ".join(argv[i + 1 : i + 2])
-    if "config" in given:
-        known = flat_keys(load_config(given["config"]))
-        for name in given:
-            key = name.removeprefix("config.")
-            if key != name and key not in known:
-                raise UsageError(f"Unknown config key {key!r}.{nearest(key, known)}")
-    elif any(name.startswith("config.") for name in given):
-        raise UsageError(
-            "--config.KEY=VALUE changes a config file; name it with --config=configs/NAME.py first."
-        )
+    own = flags.FLAGS.get_key_flags_for_module(argv[0])
+    given = [_flag(word, following) for word, following in zip(argv[1:], [*argv[2:], ""], strict=True)]
+    values = {name: value for name, value in given if name}
+    config = load_config(values["config"]) if "config" in values else None
+    if values.keys() & {"help", "helpshort", "helpfull"}:
+        print("\n".join(_help(own, config)))
+        sys.exit()
+    if config is not None:
+        _check_overrides(config, values)
+    elif any(name.startswith("config.") for name in values):
+        raise UsageError(NO_CONFIG)
     try:
-        return flags.FLAGS(argv) if not _wants_help(argv) else app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(
+            f"Unknown flag --{error.flagname}.{nearest(error.flagname, (f.name for f in own))}"
+        ) from error
     except flags.Error as error:
         raise UsageError(f"{error}. See --help for all flags.") from error
+    if rest[1:]:
+        raise UsageError(f"Unexpected argument {rest[1]!r}: flags are written --NAME=VALUE. See --help.")
+    if config is None and "config" in flags.FLAGS:
+        raise UsageError(NO_CONFIG)
+    return rest
+
+
+def _flag(word: str, following: str) -> tuple[str, str]:
+    """Name and value of `--name=value` and `--name value`; no name if the word is no flag."""
+    if not word.startswith("-"):
+        return "", ""
+    name, equals, value = word.lstrip("-").partition("=")
+    return name, value if equals else following
+
+
+def _check_overrides(config: ConfigDict, given: dict[str, str]) -> None:
+    # ml_collections ends in tracebacks for these mistakes, so they are looked for first.
+    leaves = flatten(config)
+    for name, value in given.items():
+        prefix, dot, key = name.partition(".")
+        if not dot or prefix not in ("config", "noconfig"):
+            continue
+        if key in leaves:
+            # A bare --config.KEY or --noconfig.KEY sets a boolean; absl sees to it.
+            if not isinstance(leaves[key], bool):
+                typed(f"--config.{key}", value, leaves[key])
+        elif below := [leaf for leaf in leaves if leaf.startswith(f"{key}.")]:
+            raise UsageError(
+                f"{key!r} is a section of the config: set its keys, such as --config.{below[0]}."
+            )
+        else:
+            raise UsageError(f"Unknown config key {key!r}.{nearest(key, leaves)}")
+
+
+def _help(own: Sequence[flags.Flag], config: ConfigDict | None) -> Iterator[str]:
+    yield (sys.modules["__main__"].__doc__ or "").strip() + "\n"
+    for flag in own:
+        if "." not in flag.name:
+            default = "" if flag.default in (None, "", False, [""]) else f" (default: {flag.default})"
+            yield f"  --{flag.name:<14} {' '.join(flag.help.split())}{default}"
+    if config is not None:
+        yield "\nKeys of the config, with their values:"
+        yield from (f"  --config.{key}={value}" for key, value in flatten(config).items())
+    elif "config" in flags.FLAGS:
+        yield "\nWith --config=FILE, --help lists the keys of the config too."
 
 
 def _quietly(main: Callable[[], None]) -> None:
     quiet()  # once absl has read its own flags
     main()
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(word.lstrip("-") in ("help", "helpfull", "helpshort") for word in argv)

@@ -8,18 +8,65 @@ the next.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import math
 import pathlib
 import runpy
 import traceback
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from blockjax.data.orders import ORDERS
 from blockjax.errors import UsageError, nearest
 from blockjax.models import TransformerConfig, preset
+from blockjax.models.transformer import REMAT
+from blockjax.train.optimizer import OPTIMIZERS, SCHEDULES, make_schedule
 
 IDENTITY = ("seed", "model", "data", "optimizer")
+
+CHOICES = {
+    "data.order": ORDERS,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+    "run.remat": REMAT,
+}
+
+POSITIVE_INTEGERS = (
+    "data.seq_len",
+    "data.batch_size",
+    "run.steps",
+    "run.accumulate",
+    "run.log_every",
+    "run.eval_sequences",
+    "run.keep_checkpoints",
+)
+POSITIVE = (
+    "model.rope_base",
+    "model.norm_eps",
+    "optimizer.learning_rate",
+    "optimizer.adam_learning_rate",
+    "optimizer.eps",
+)
+NOT_NEGATIVE = (
+    "model.soft_cap",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.z_loss",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.prefetch",
+)
+
+# Keys, what their number must be, and the test. TransformerConfig checks the sizes in `model`.
+RANGES = (
+    (POSITIVE_INTEGERS, "at least 1", lambda x: x >= 1),
+    (POSITIVE, "above 0", lambda x: 0 < x < math.inf),
+    (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
+    (("optimizer.beta1", "optimizer.beta2", "optimizer.momentum"), "in [0, 1)", lambda x: 0 <= x < 1),
+    (("optimizer.decay_fraction", "optimizer.final_scale"), "in [0, 1]", lambda x: 0 <= x <= 1),
+    (("seed",), "in [0, 2**32)", lambda x: 0 <= x < 2**32),
+)
 
 
 def base_config(size: str = "nano") -> ConfigDict:
@@ -28,7 +75,7 @@ def base_config(size: str = "nano") -> ConfigDict:
     del fields["vocab_size"], fields["remat"]  # set by the tokenizer, and by `run.remat`
     return ConfigDict(
         dict(
-            seed=0,
+            seed=0,  # of parameters and of the order of data
             model=fields,
             data=dict(
                 source="stdlib",  # or a file, folder or glob of text, JSONL, Parquet; or tfds:name
@@ -40,33 +87,38 @@ def base_config(size: str = "nano") -> ConfigDict:
             ),
             optimizer=dict(
                 name="adamw",  # or muon
-                learning_rate=6e-4,
+                learning_rate=6e-4,  # at its peak
                 adam_learning_rate=6e-4,  # of embeddings, head and gains under muon
                 schedule="cosine",  # or stable_decay
-                warmup_steps=100,
+                warmup_steps=100,  # rising linearly
                 decay_fraction=0.2,  # of all steps, under stable_decay
                 final_scale=0.1,  # last learning rate over the peak
-                beta1=0.9,
-                beta2=0.95,
+                beta1=0.9,  # decay of AdamW's mean
+                beta2=0.95,  # decay of AdamW's mean square
                 momentum=0.95,  # of muon
-                eps=1e-8,
+                eps=1e-8,  # beside the root of the mean square
                 weight_decay=0.1,  # of matrices
-                clip_norm=1.0,  # 0: off
-                z_loss=0.0,
+                clip_norm=1.0,  # of all gradients together; 0: off
+                z_loss=0.0,  # weight of log(Z)^2 in the loss; 0: off
             ),
-            mesh=dict(data=-1, fsdp=1, seq=1, tensor=1),
+            mesh=dict(  # devices along each axis; one may be -1: all that are left
+                data=-1,  # sequences
+                fsdp=1,  # sequences, and parameters
+                seq=1,  # tokens of a sequence
+                tensor=1,  # heads, ffn and vocabulary
+            ),
             run=dict(
-                steps=1000,
+                steps=1000,  # updates, over all starts
                 accumulate=1,  # microbatches a step
                 remat="none",  # or dots, full
                 log_every=10,  # steps
                 eval_every=200,  # steps; 0: only at the end
                 eval_sequences=64,  # of the validation split
                 checkpoint_every=200,  # steps; 0: only at the end
-                keep_checkpoints=2,
+                keep_checkpoints=2,  # the newest
                 prefetch=4,  # batches
                 data_dir="data",  # prepared corpora and token indices
-                tensorboard=True,
+                tensorboard=True,  # events beside metrics.jsonl
             ),
         )
     )
@@ -84,29 +136,31 @@ def load_config(spec: str) -> ConfigDict:
     name, _, arg = spec.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
-        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        folder = path.parent if path.parent != pathlib.Path() else pathlib.Path("configs")
+        there = [str(p) for p in folder.glob("*.py")]
         hint = nearest(name, there) if there else " Config files lie in configs/."
         raise UsageError(f"There is no config file {name!r}.{hint}")
+    if path.suffix != ".py":
+        raise UsageError(f"The config file {name!r} is not a Python file: its name must end in .py.")
     try:
-        config = runpy.run_path(name)["get_config"](*([arg] if arg else []))
+        get_config = runpy.run_path(name).get("get_config")
+        config = get_config(*([arg] if arg else [])) if callable(get_config) else None
     except UsageError:
         raise
     except SyntaxError as error:
         raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
-    except KeyError as error:
-        if error.args != ("get_config",):
-            raise UsageError(f"{name} fails: {_where(error, name)}.") from error
-        raise UsageError(f"{name} has no function get_config(arg) that returns a ConfigDict.") from error
-    except Exception as error:
-        raise UsageError(f"{name} fails: {_where(error, name)}.") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{name} fails{_where(error, name)}: {type(error).__name__}: {error}.") from error
+    if get_config is None:
+        raise UsageError(f"{name} has no function get_config(arg) that returns a ConfigDict.")
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config in {name} returns a {type(config).__name__}, not a ConfigDict.")
     return config
 
 
-def _where(error: Exception, file: str) -> str:
+def _where(error: BaseException, file: str) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
-    return f"line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}"
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def parse_arg(arg: str | None, **defaults):
@@ -132,24 +186,25 @@ def parse_arg(arg: str | None, **defaults):
             value = "True"
         if key not in defaults:
             raise UsageError(f"Unknown config argument {key!r}.{nearest(key, defaults)}")
-        values[key] = _typed(key, value, defaults[key])
+        values[key] = typed(f"Config argument {key}", value, defaults[key])
     return ConfigDict(values)
 
 
-def _typed(key: str, text: str, default):
-    if isinstance(default, str):
-        return text
+def typed(name: str, text: str, default: bool | int | float | str) -> bool | int | float | str:
+    """What `text` says, in the type of `default`.
+
+    Raises:
+      UsageError: it says nothing of that type.
+    """
+    kind = type(default)
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(default):
-        raise UsageError(
-            f"Config argument {key}={text} must be of type {type(default).__name__}, like {default}."
+        return (
+            {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            if kind is bool
+            else kind(text)
         )
-    return value
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{name}={text} must be of type {kind.__name__}, such as {default}.") from error
 
 
 def runlocal(config: ConfigDict) -> ConfigDict:
@@ -159,38 +214,49 @@ def runlocal(config: ConfigDict) -> ConfigDict:
     config.model.update(kv_heads=min(config.model.kv_heads, 2), attention_block=32)
     config.data.update(seq_len=128, batch_size=8)
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 5)
+    config.mesh.update(data=-1, fsdp=1, seq=1, tensor=1)
     config.run.update(steps=20, log_every=5, eval_every=10, eval_sequences=8, checkpoint_every=10)
+    config.run.accumulate = min(config.run.accumulate, 2)
     return config
 
 
 def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
-    """Checks keys and numbers before anything is prepared or compiled.
+    """Checks keys, types, names and numbers before anything is prepared or compiled.
 
     Returns:
       The model config with `vocab_size` and `run.remat` filled in.
 
     Raises:
-      UsageError: an unknown or missing key, or numbers that do not fit.
+      UsageError: an unknown or missing key, a value of another type, an unknown name, or numbers that
+        do not fit.
     """
-    known = set(_flat(base_config()))
-    given = set(_flat(config))
-    for key in sorted(given - known):
-        raise UsageError(f"Unknown config key {key!r}.{nearest(key, known)}")
-    for key in sorted(known - given):
+    defaults, given = flatten(base_config()), flatten(config)
+    for key in sorted(given.keys() - defaults):
+        raise UsageError(f"Unknown config key {key!r}.{nearest(key, defaults)}")
+    for key in sorted(defaults.keys() - given):
         raise UsageError(f"The config lacks {key!r}; start from blockjax.train.config.base_config().")
-    for key in ("data.seq_len", "data.batch_size", "run.steps", "run.accumulate", "run.log_every"):
-        _positive(key, _flat(config)[key])
-    _positive("run.eval_sequences", config.run.eval_sequences)
+    for key, value in given.items():
+        kind = type(defaults[key])
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            raise UsageError(f"{key}={value!r} must be of type {kind.__name__}, such as {defaults[key]!r}.")
+    for key, choices in CHOICES.items():
+        if given[key] not in choices:
+            raise UsageError(f"Unknown {key} {given[key]!r}.{nearest(given[key], choices)}")
+    for keys, words, holds in RANGES:
+        for key in keys:
+            if not holds(given[key]):
+                raise UsageError(f"{key}={given[key]} must be {words}.")
     if config.data.batch_size % config.run.accumulate:
         raise UsageError(
             f"data.batch_size={config.data.batch_size} does not divide into "
-            f"run.accumulate={config.run.accumulate} microbatches."
+            f"run.accumulate={config.run.accumulate} microbatches; make one a multiple of the other."
         )
+    make_schedule(config.optimizer, config.run.steps)
     return TransformerConfig(**config.model, vocab_size=vocab_size, remat=config.run.remat)
 
 
 def check_mesh(config: ConfigDict, mesh) -> None:
-    """Checks that batches divide over the mesh.
+    """Checks that batches and the model divide over the mesh.
 
     Raises:
       UsageError: with the numbers.
@@ -200,36 +266,55 @@ def check_mesh(config: ConfigDict, mesh) -> None:
     if micro % rows:
         raise UsageError(
             f"A microbatch of {micro} sequences (data.batch_size={config.data.batch_size} / "
-            f"run.accumulate={config.run.accumulate}) does not divide over data*fsdp={rows} devices."
+            f"run.accumulate={config.run.accumulate}) does not divide over data*fsdp={rows} devices; "
+            "change the batch or the mesh."
         )
-    if config.data.seq_len % mesh.shape["seq"]:
-        raise UsageError(
-            f"data.seq_len={config.data.seq_len} does not divide over seq={mesh.shape['seq']} devices."
-        )
+    cuts = (
+        ("data.seq_len", "seq"),
+        ("model.width", "fsdp"),
+        ("model.heads", "tensor"),
+        ("model.kv_heads", "tensor"),
+        ("model.ffn", "tensor"),
+    )
+    sizes = flatten(config)
+    for key, axis in cuts:
+        if sizes[key] % mesh.shape[axis]:
+            raise UsageError(
+                f"{key}={sizes[key]} does not divide over mesh.{axis}={mesh.shape[axis]} devices; "
+                "change one of them."
+            )
+
+
+def check_profile(span: Sequence[str | int] | None, steps: int) -> tuple[int, int] | None:
+    """First and last step of a trace, both included and counted from 1.
+
+    Raises:
+      UsageError: not two numbers in order, or beyond the last step.
+    """
+    if not span:
+        return None
+    text = ",".join(map(str, span))
+    try:
+        first, last = map(int, span)
+    except ValueError as error:
+        raise UsageError(f"--profile={text} must be two steps, first and last, such as 10,12.") from error
+    if not 1 <= first <= last <= steps:
+        raise UsageError(f"--profile={text} must be two steps in order from 1 to run.steps={steps}.")
+    return first, last
 
 
 def identity(config: ConfigDict) -> dict:
     """The part of a config that a run folder holds fast, flat: `model.depth` -> 12."""
-    flat = _flat(config)
+    flat = flatten(config)
     return {key: flat[key] for key in sorted(flat) if key.split(".")[0] in IDENTITY}
 
 
-def flat_keys(config: ConfigDict) -> set[str]:
-    """Every key that can be set, sections included: `model` and `model.depth`."""
-    leaves = _flat(config)
-    return {".".join(key.split(".")[:i]) for key in leaves for i in range(1, key.count(".") + 2)}
-
-
-def _positive(key: str, value: int) -> None:
-    if value < 1:
-        raise UsageError(f"{key}={value} must be at least 1.")
-
-
-def _flat(config, prefix: str = "") -> dict:
+def flatten(config, prefix: str = "") -> dict:
+    """Leaves by dotted key: `model.depth` -> 12."""
     flat = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, ConfigDict) else {name: value}
+        flat |= flatten(value, f"{name}.") if isinstance(value, ConfigDict) else {name: value}
     return flat
 
 

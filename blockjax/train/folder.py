@@ -10,6 +10,8 @@ from etils import epath
 
 from blockjax.errors import UsageError
 
+RECORD = ("identity", "config", "tokenizer", "corpus")
+
 
 class RunFolder:
     """A run's files: `run.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report/`.
@@ -22,24 +24,27 @@ class RunFolder:
     def __init__(self, path: str, create: bool = True):
         if not path:
             raise UsageError("No run folder: name one with --run=runs/NAME or --run=gs://BUCKET/NAME.")
-        self.path = epath.Path(path)
         self.remote = "://" in path
-        if not create and not self.path.exists():
-            raise UsageError(f"There is no run folder {path}.")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path = epath.Path(path) if self.remote else epath.Path(path).expanduser()
+            if not create and not self.path.exists():
+                raise UsageError(f"There is no run folder {path}.")
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"The run folder {path} is a file; name a folder with --run=runs/NAME.")
             if self.remote:
                 self._staging = tempfile.TemporaryDirectory(prefix="blockjax-")
                 self.local = pathlib.Path(self._staging.name)
                 self._fetch("metrics.jsonl")
             else:
                 self.local = pathlib.Path(self.path)
-                (self.local / ".writable").touch()
-                (self.local / ".writable").unlink()
+            if create:
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / ".writable").touch()
+                (self.path / ".writable").unlink(missing_ok=True)  # by another process
         except ImportError as error:
             raise UsageError(f"Run folder {path}: {error}. Install blockjax[gcs].") from error
         except OSError as error:
-            raise UsageError(f"Run folder {path} cannot be written: {error}.") from error
+            raise UsageError(f"Run folder {path} cannot be used: {error}.") from error
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
 
     @property
@@ -53,9 +58,12 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            record = json.loads(file.read_text())
+        except ValueError as error:
             raise UsageError(f"{file} is damaged ({error}); restore it or use another --run.") from error
+        if missing := [key for key in RECORD if key not in record]:
+            raise UsageError(f"{file} is damaged: it lacks {missing[0]!r}; restore it or use another --run.")
+        return record
 
     def write_record(self, record: dict) -> None:
         """Writes `run.json`: config, corpus digest, tokenizer."""
