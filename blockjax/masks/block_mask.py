@@ -30,6 +30,7 @@ from blockjax.masks.predicates import (
     FAR,
     FULL,
     FULL_TAG,
+    PARTIAL,
     Causal,
     Chunked,
     Everything,
@@ -138,12 +139,12 @@ class BlockMask:
         predicate: Predicate | None = None,
         q_offset=0,
         kv_offset=0,
-        prune: bool = True,
     ) -> "BlockMask":
         """Lists from a boolean `[nq, nk]`, `[h, nq, nk]` or `[b, h, nq, nk]`, concrete or traced.
 
-        Inside listed blocks `predicate` decides (default: everything is visible). `T` and `S` default to
-        whole blocks. `prune` as in `from_predicate`.
+        Exactly these blocks are listed; inside them `predicate` decides (default: everything is visible).
+        `T` and `S` default to whole blocks. To drop blocks in which, say, causality leaves nothing:
+        `& BlockMask.causal(...)`.
         """
         shape = np.shape(blocks)
         if not 2 <= len(shape) <= 4:
@@ -160,7 +161,7 @@ class BlockMask:
         xp = array_module(blocks)
         blocks = xp.asarray(blocks, bool).reshape((1,) * (4 - len(shape)) + shape)
         predicate = _normal(predicate or Everything())
-        tag = base._tag(predicate, np.arange(nq)[:, None], np.arange(nk), prune)
+        tag = base._tag(predicate, np.arange(nq)[:, None], np.arange(nk))
         xp = array_module(blocks, tag)
         return _from_tags(xp.where(blocks, tag, np.uint8(0)), (predicate,), base)
 
@@ -176,14 +177,13 @@ class BlockMask:
         predicate: Predicate | None = None,
         q_offset=0,
         kv_offset=0,
-        prune: bool = True,
     ) -> "BlockMask":
         """Lists from key-block indices `[nq, W]`, `[h, nq, W]` or `[b, h, nq, W]` int32.
 
         The first `count` (same shape without `W`) entries of a row are used; without it, those that are
         not negative. Concrete lists must be sorted, unique and in range, or `UsageError` is raised.
         Traced ones are made so: sorted, with duplicates and what is out of range dropped. `T` defaults to
-        whole blocks and `S` to `T`; `predicate` and `prune` as in `from_block_bool`.
+        whole blocks and `S` to `T`; `predicate` as in `from_block_bool`.
         """
         shape = np.shape(index)
         if not 2 <= len(shape) <= 4:
@@ -213,7 +213,7 @@ class BlockMask:
         repeated = xp.concatenate(
             [xp.zeros_like(index[..., :1], bool), index[..., 1:] == index[..., :-1]], -1
         )
-        tag = base._tag(predicate, np.arange(base.nq)[:, None], index, prune)
+        tag = base._tag(predicate, np.arange(base.nq)[:, None], index)
         xp = array_module(index, tag)
         tag = xp.where((index < base.nk) & ~repeated, tag, np.uint8(0))
         return _compact(index, tag, (predicate,), base)
@@ -298,12 +298,12 @@ class BlockMask:
         kind = predicate.classify(q_first, q_first + self.bq - 1, k_first, k_first + self.bk - 1)
         whole = ((rows + 1) * self.bq <= self.T) & ((blocks + 1) * self.bk <= self.S)
         xp = array_module(kind, whole)
-        return xp.where(whole, kind, xp.minimum(kind, 1))
+        return xp.where(whole, kind, xp.minimum(kind, PARTIAL))
 
-    def _tag(self, predicate: Predicate, rows, blocks, prune: bool):
-        if prune:
-            return _kind_to_tag(self._classify(predicate, rows, blocks))
-        return np.ones((1, 1), np.uint8)
+    def _tag(self, predicate: Predicate, rows, blocks):
+        """Tags of tiles that stay listed even where the predicate holds nowhere."""
+        kind = self._classify(predicate, rows, blocks)
+        return _kind_to_tag(array_module(kind).maximum(kind, PARTIAL))
 
 
 @jax.tree_util.register_dataclass

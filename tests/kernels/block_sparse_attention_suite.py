@@ -344,7 +344,7 @@ class AttentionSuite:
         """Key blocks in another order, with their positions and lists, give the same result."""
         order = np.array([3, 0, 5, 1, 4, 2])
         blocks = random_blocks(8, 2, 5, 6, density=0.6)
-        options = dict(predicate=Causal(), prune=False, **BLOCKS)
+        options = dict(predicate=Causal(), **BLOCKS)
         tokens = (order[:, None] * 16 + np.arange(16)).reshape(-1)
         plain = BlockMask.from_block_bool(blocks, T, S, **options)
         permuted = BlockMask.from_block_bool(blocks[..., order], T, S, **options)

@@ -193,21 +193,21 @@ def test_traced_masks_equal_concrete_ones():
     assert float(window) == pytest.approx(BlockMask.window(64, left=11, **BLOCKS).density())
 
 
-def test_traced_indices_are_sorted_made_unique_and_pruned():
+def test_traced_indices_are_sorted_and_made_unique():
     index = jnp.array([[3, 1, 1, 9, -1], [2, 0, 3, 0, 2], [-1, -1, -1, -1, -1], [1, 0, 0, 2, 3]])
+    mask = jax.jit(lambda i: BlockMask.from_indices(i, bq=16, bk=16, predicate=Causal()))(index)
+    assert [list(np.flatnonzero(row)) for row in mask.tags()[0, 0]] == [[1, 3], [0, 2, 3], [], [0, 1, 2, 3]]
+    np.testing.assert_array_equal(mask.counts[0, 0], [2, 3, 0, 4])
+    assert (np.asarray(mask.tags()[0, 0, 3]) >= FULL_TAG).tolist() == [True, True, True, False]
 
-    @jax.jit
-    def build(index):
-        return BlockMask.from_indices(index, bq=16, bk=16, predicate=Causal())
 
-    mask = build(index)
-    np.testing.assert_array_equal(mask.counts[0, 0], [0, 1, 0, 4])
-    assert [list(np.flatnonzero(row)) for row in mask.tags()[0, 0]] == [[], [0], [], [0, 1, 2, 3]]
-    everything = jax.jit(lambda i: BlockMask.from_indices(i, bq=16, bk=16, predicate=Causal(), prune=False))(
-        index
-    )
-    np.testing.assert_array_equal(everything.counts[0, 0], [2, 3, 0, 4])
-    assert (np.asarray(everything.tag) < FULL_TAG).all()
+def test_listed_blocks_stay_listed_whatever_the_predicate():
+    """A call may bring its own positions, for which the default ones prove nothing."""
+    mask = BlockMask.from_block_bool(np.ones((1, 4), bool), 1, 64, bq=1, bk=16, predicate=Causal())
+    assert (mask.tags() == 1).all()
+    assert ((mask & BlockMask.causal(1, 64, bq=1, bk=16)).tags() > 0).tolist() == [
+        [[[True, False, False, False]]]
+    ]
 
 
 def test_prune_false_lists_everything_and_promises_nothing():
