@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -49,7 +50,9 @@ def join_hosts(distributed: bool, coordinator: str | None, processes: int | None
 
 def _parse(argv: Sequence[str]) -> list[str]:
     own = flags.FLAGS.get_key_flags_for_module(argv[0])
-    given = [_flag(word, following) for word, following in zip(argv[1:], [*argv[2:], ""], strict=True)]
+    given = [
+        _flag(word, following) for word, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue="")
+    ]
     values = {name: value for name, value in given if name}
     config = load_config(values["config"]) if "config" in values else None
     if values.keys() & {"help", "helpshort", "helpfull"}:

@@ -241,7 +241,7 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
             raise UsageError(f"{key}={value!r} must be of type {kind.__name__}, such as {defaults[key]!r}.")
     for key, choices in CHOICES.items():
         if given[key] not in choices:
-            raise UsageError(f"Unknown {key} {given[key]!r}.{nearest(given[key], choices)}")
+            raise UsageError(f"{key}={given[key]!r} must be {' or '.join(map(repr, choices))}.")
     for keys, words, holds in RANGES:
         for key in keys:
             if not holds(given[key]):
