@@ -23,6 +23,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "ml-collections>=1.1",
         "tensorflow-datasets>=4.9.10",
+        "absl-py>=2.1",
         "array-record>=0.8",
         "importlib-resources>=6",  # imported by tensorflow-datasets, not declared by it
         "grain>=0.2.14",
@@ -41,6 +42,6 @@ setup(
         "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "gcs": ["gcsfs>=2024.6"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        "dev": ["setuptools>=77", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
     },
 )
