@@ -210,7 +210,7 @@ def test_evaluation_takes_the_first_batches_of_the_same_rows(make_index):
 
 def test_mistakes_get_one_sentence(make_index):
     index = make_index(LENGTHS)
-    with pytest.raises(UsageError, match="no order .paked.. Did you mean .packed."):
+    with pytest.raises(UsageError, match=r"no order .paked.\. Did you mean .packed."):
         make_order("paked", index, 2, 8, 0)
     with pytest.raises(UsageError, match="Known: packed, stream"):
         make_order("x", index, 2, 8, 0)
