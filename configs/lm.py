@@ -13,6 +13,7 @@ from blockjax.train.config import base_config, parse_arg, runlocal
 def get_config(arg=None):
     arg = parse_arg(arg, size="125m", muon=False, runlocal=False)
     config = base_config(arg.size)
+    config.model.attention_block = 512
     config.data.update(seq_len=2048, batch_size=64)
     config.optimizer.update(schedule="stable_decay", warmup_steps=500, final_scale=0.0, z_loss=1e-4)
     if arg.muon:

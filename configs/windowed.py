@@ -14,6 +14,7 @@ def get_config(arg=None):
     arg = parse_arg(arg, size="125m", window=1024, runlocal=False)
     config = base_config(arg.size)
     config.model.pattern = f"{arg.window}*3,full"
+    config.model.attention_block = 512
     config.data.update(seq_len=8192, batch_size=16)
     config.optimizer.update(schedule="stable_decay", warmup_steps=500, final_scale=0.0, z_loss=1e-4)
     config.run.update(steps=20_000, remat="dots", eval_every=1000, checkpoint_every=1000)
