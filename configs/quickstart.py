@@ -21,5 +21,5 @@ def get_config(arg=None):
     config.optimizer.update(name="muon", learning_rate=0.04, adam_learning_rate=0.01, momentum=0.9)
     config.optimizer.update(schedule="stable_decay", decay_fraction=0.7, final_scale=0.0)
     config.optimizer.update(warmup_steps=20, weight_decay=0.0)
-    config.run.update(steps=260, eval_every=65, eval_sequences=128, checkpoint_every=65)
+    config.run.update(steps=240, eval_every=60, eval_sequences=128, checkpoint_every=60)
     return runlocal(config) if arg.runlocal else config
