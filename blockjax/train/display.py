@@ -8,7 +8,7 @@ import time
 import warnings
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 
 def quiet() -> None:
@@ -27,30 +27,30 @@ def quiet() -> None:
 class Display:
     """A progress bar on a terminal, plain lines elsewhere, nothing on other processes.
 
-    Use as a context manager; `say` prints a sentence above the bar.
+    `say` prints a sentence, above the bar if it is shown.
     """
 
     def __init__(self, total: int, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(quiet=quiet)
         self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TaskProgressColumn(),
             TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
             console=self.console,
             disable=not self.console.is_terminal,
             expand=True,
         )
         self._task = self._bar.add_task("", total=total)
         self._total = total
-        self._first: tuple[float, int] | None = None
 
-    def __enter__(self) -> Display:
+    def start(self, step: int) -> None:
+        """Starts the clock and the bar, with `step` steps done already."""
+        self._begin = time.monotonic(), step
+        self._bar.update(self._task, completed=step)
         self._bar.start()
-        return self
 
-    def __exit__(self, *error) -> None:
+    def stop(self) -> None:
+        """Leaves the bar as it is; what is said from now on stands below."""
         self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -59,13 +59,10 @@ class Display:
 
     def update(self, step: int, text: str) -> None:
         """Shows that `step` steps are done, with `text` beside it."""
-        self._bar.update(self._task, completed=step, description=text)
+        seconds, done = time.monotonic() - self._begin[0], step - self._begin[1]
+        minutes, seconds = divmod(round(seconds / max(done, 1) * (self._total - step)), 60)
+        text += f"  {minutes // 60}:{minutes % 60:02}:{seconds:02}"
         if self.console.is_terminal:
-            return
-        now = time.monotonic()
-        left = ""
-        if self._first:
-            pace = (now - self._first[0]) / (step - self._first[1])
-            left = f"  {pace * (self._total - step):.0f} s left"
-        self._first = self._first or (now, step)
-        self.say(f"step {step}/{self._total}  {text}{left}")
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            self.say(f"step {step}/{self._total}  {text} left")

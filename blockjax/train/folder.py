@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import tempfile
+import time
 
 from etils import epath
 
@@ -46,6 +47,7 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"Run folder {path} cannot be used: {error}.") from error
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._synced = -float("inf")
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -67,12 +69,19 @@ class RunFolder:
 
     def write_record(self, record: dict) -> None:
         """Writes `run.json`: config, corpus digest, tokenizer."""
-        (self.path / "run.json").write_text(json.dumps(record, indent=2))
+        fresh = self.path / ".run.json"
+        fresh.write_text(json.dumps(record, indent=2))
+        fresh.replace(self.path / "run.json")  # never half written
 
-    def sync(self) -> None:
-        """Copies what changed to the bucket; nothing to do on disk."""
-        if not self.remote:
+    def sync(self, at_most_every: float = 0.0) -> None:
+        """Copies what changed to the bucket; nothing to do on disk.
+
+        Args:
+          at_most_every: seconds since the last copy within which there is none.
+        """
+        if not self.remote or time.monotonic() - self._synced < at_most_every:
             return
+        self._synced = time.monotonic()
         for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
             stat = file.stat()
             stamp = (stat.st_size, stat.st_mtime_ns)

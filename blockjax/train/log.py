@@ -14,6 +14,8 @@ from blockjax.train.folder import RunFolder
 from blockjax.train.metrics import MetricsLog
 from blockjax.train.optimizer import make_schedule
 
+SYNC_SECONDS = 30.0  # a bucket takes one write a second to an object, and each is a whole copy
+
 
 class StepLog:
     """Collects what steps report and writes it every `run.log_every` steps.
@@ -32,12 +34,13 @@ class StepLog:
     ):
         self._config, self._display, self._folder = config, display, folder
         self._flops = FlopCounter(model_config, config.data.seq_len)
-        self._peak, self.peak_source = peak_flops()
+        self._peak, self._peak_source = peak_flops()
         self._schedule = make_schedule(config.optimizer, config.run.steps)
         self._files = None
         if jax.process_index() == 0:
             self._files = MetricsLog(folder.local, start, tensorboard=config.run.tensorboard)
         self._pending: list[tuple[int, dict]] = []
+        self._start = start
         self._bits = ""
         self._clock = time.perf_counter()
 
@@ -45,21 +48,26 @@ class StepLog:
         """Takes the device metrics of the update that made `step`."""
         self._pending.append((step, metrics))
         if due(step, self._config.run.log_every):
-            self.flush(step)
+            self._write_pending()
+            self._folder.sync(at_most_every=SYNC_SECONDS)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Writes validation metrics; the time since the last step does not count as training."""
-        self.flush(step)
-        self._bits = f"  val {values['val/bits_per_byte']:.3f} bits/byte"
+        self._write_pending()
+        self._bits = f"  val {values['val/bits_per_byte']:.3f}"
         if self._files:
             self._files.write(step, values)
             self._files.flush()
         self._clock = time.perf_counter()
 
-    def flush(self, step: int) -> None:
-        """Fetches pending metrics, writes them, and shows the last."""
+    def flush(self) -> None:
+        """Waits for the steps so far; then everything about them is in the run folder."""
+        self._write_pending()
+        if self._files:
+            self._folder.sync()
+
+    def _write_pending(self) -> None:
         if not self._pending:
-            self._clock = time.perf_counter()
             return
         c = self._config
         fetched = [(at, {k: float(v) for k, v in jax.device_get(m).items()}) for at, m in self._pending]
@@ -78,23 +86,28 @@ class StepLog:
                 self._files.write(at, {f"train/{key}": value for key, value in values.items()})
         if self._files:
             self._files.flush()
-            self._folder.sync()
         text = (
-            f"loss {values['loss']:.3f}{self._bits}  {values['tokens_per_second']:,.0f} tokens/s  "
-            f"MFU {values['mfu_useful']:.1%} useful, {values['mfu_executed']:.1%} executed"
+            f"loss {values['loss']:.3f}{self._bits}  {values['tokens_per_second']:,.0f} tok/s  "
+            f"MFU {values['mfu_useful']:.0%} ({values['mfu_executed']:.0%})"
         )
-        self._display.update(step, text)
+        self._display.update(at, text)
         self._pending.clear()
         self._clock = time.perf_counter()
 
     def __enter__(self) -> StepLog:
-        self._display.__enter__()
+        self._display.say(
+            "Loss in nats per token, val in bits per byte. MFU of useful (executed) FLOPs: 100% is "
+            f"{self._peak / 1e12:.3g} TFLOP/s, {self._peak_source}."
+        )
+        self._display.start(self._start)
+        self._clock = time.perf_counter()
         return self
 
     def __exit__(self, *error) -> None:
-        self._display.__exit__(*error)
-        if self._pending:
-            self.flush(self._pending[-1][0])
-        if self._files:
-            self._files.close()
-            self._folder.sync()
+        try:
+            self._write_pending()
+        finally:
+            self._display.stop()
+            if self._files:
+                self._files.close()
+                self._folder.sync()

@@ -51,10 +51,11 @@ def train(
     mesh = make_mesh(config.mesh)
     configs.check_mesh(config, mesh)
     folder = RunFolder(run)
-    corpus, tokenizer, order, evaluation = open_data(config)
+    quiet = quiet or jax.process_index() > 0
+    corpus, tokenizer, order, evaluation = open_data(config, quiet)
     model_config = configs.check(config, vocab_size=padded_vocab(tokenizer))
     claim(folder, config, corpus, tokenizer)
-    display = Display(config.run.steps, quiet=quiet or jax.process_index() > 0)
+    display = Display(config.run.steps, quiet=quiet)
 
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder.checkpoints, config.run)) as checkpoints:
         start = checkpoints.latest() or 0
@@ -70,27 +71,30 @@ def train(
         run_eval = jax.jit(make_eval_step(plan.graph), out_shardings=NamedSharding(mesh, P()))
 
         with StepLog(folder, config, model_config, display, start) as log:
-            for step, batch in enumerate(batches, start):
-                with tracing(profile, step + 1, folder):
+            for step, batch in enumerate(batches, start + 1):
+                with tracing(profile, step, start, folder, log):
                     state, metrics = run_step(state, {key: batch[key] for key in BATCH_KEYS})
-                log.step(step + 1, metrics)
-                last = step + 1 == config.run.steps
-                if last or due(step + 1, config.run.eval_every):
+                    log.step(step, metrics)
+                last = step == config.run.steps
+                if last or due(step, config.run.eval_every):
                     fixed = data.Loader(evaluation, placement, stop=len(evaluation))
-                    log.evaluation(step + 1, evaluate(run_eval, state, fixed))
-                if last or due(step + 1, config.run.checkpoint_every):
-                    checkpoints.save(step + 1, state)
+                    log.evaluation(step, evaluate(run_eval, state, fixed))
+                if last or due(step, config.run.checkpoint_every):
+                    log.flush()  # a run that goes on from here does not write these metrics again
+                    checkpoints.save(step, state)
     return Run(folder, config, nnx.merge(plan.graph, state.params), tokenizer, mesh, int(state.step))
 
 
-def open_data(config: ConfigDict) -> tuple[data.Corpus, data.Tokenizer, data.Order, data.Evaluation]:
+def open_data(
+    config: ConfigDict, quiet: bool
+) -> tuple[data.Corpus, data.Tokenizer, data.Order, data.Evaluation]:
     """The corpus, prepared if need be, the tokenizer, the training order and fixed validation batches."""
     c = config.data
-    corpus = data.open_corpus(c.source, config.run.data_dir, text_field=c.text_field)
+    corpus = data.open_corpus(c.source, config.run.data_dir, text_field=c.text_field, quiet=quiet)
     tokenizer = data.open_tokenizer(c.tokenizer)
-    train_index = data.token_index(corpus, tokenizer, "train", config.run.data_dir)
+    train_index = data.token_index(corpus, tokenizer, "train", config.run.data_dir, quiet=quiet)
     order = data.make_order(c.order, train_index, c.batch_size, c.seq_len, config.seed)
-    fixed = data.token_index(corpus, tokenizer, "validation", config.run.data_dir)
+    fixed = data.token_index(corpus, tokenizer, "validation", config.run.data_dir, quiet=quiet)
     count = math.ceil(config.run.eval_sequences / c.batch_size)
     return corpus, tokenizer, order, data.Evaluation(fixed, c.batch_size, c.seq_len, count)
 
@@ -133,14 +137,14 @@ def evaluate(run_eval, state: TrainState, batches: Iterator) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def tracing(span: Sequence[int] | None, step: int, folder: RunFolder):
-    """Records an xprof trace from the first to the last step of `span`, both included."""
-    if span and step == span[0]:
+def tracing(span: Sequence[int] | None, step: int, start: int, folder: RunFolder, log: StepLog):
+    """Records an xprof trace of the steps of `span`, both ends included, that come after `start`."""
+    if span and step == max(span[0], start + 1) <= span[1]:
         jax.profiler.start_trace(str(folder.local / "profile"))
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
         yield
     if span and step == span[1]:
-        jax.effects_barrier()
+        log.flush()  # else the devices are still at work
         jax.profiler.stop_trace()
 
 

@@ -18,7 +18,9 @@ class MetricsLog:
     def __init__(self, folder: pathlib.Path, start: int = 0, tensorboard: bool = True):
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh = folder / ".metrics.jsonl"
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh.replace(path)  # a kill meanwhile loses nothing
         self._file = path.open("a")
         self._writer = None
         if tensorboard:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from blockjax import data
@@ -59,6 +60,7 @@ def open_run(path: str, mesh: Mesh | None = None) -> Run:
     if record is None:
         raise UsageError(f"There is no run in {path}: run.json is missing. Train one with `make train`.")
     config = configs.ConfigDict(record["config"])
+    configs.check(config)
     tokenizer = data.open_tokenizer(config.data.tokenizer)
     check_identity(record, {**record, "tokenizer": describe_tokenizer(tokenizer)}, path)
     model_config = configs.check(config, vocab_size=padded_vocab(tokenizer))
@@ -114,6 +116,8 @@ def claim(
 ) -> None:
     """Writes `run.json` in a fresh folder; in a used one checks that it is the same run.
 
+    Every process calls it: the first one writes, all compare.
+
     Raises:
       UsageError: another identity, tokenizer or corpus; names what differs.
     """
@@ -123,9 +127,12 @@ def claim(
         "tokenizer": describe_tokenizer(tokenizer),
         "corpus": {"name": corpus.name, "digest": corpus.digest},
     }
-    old = folder.read_record()
-    if old is None:
-        if jax.process_index() == 0:
-            folder.write_record(record)
-        return
-    check_identity(old, record, folder.path)
+    if jax.process_index() == 0 and folder.read_record() is None:
+        folder.write_record(record)
+    multihost_utils.sync_global_devices("run.json is written")
+    written = folder.read_record()
+    if written is None:
+        raise UsageError(
+            f"Run folder {folder.path} must lie where all processes see it, on a shared disk or gs://."
+        )
+    check_identity(written, record, folder.path)

@@ -78,7 +78,7 @@ def make_train_step(
         metrics = {
             "loss": sums.nats / tokens,
             "z_loss": z_loss * sums.squared_lse / tokens,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "target_tokens": sums.tokens,
             "visible_pairs": visible_pairs(layers, batch["positions"]),
         }

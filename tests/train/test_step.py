@@ -1,0 +1,120 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from blockjax.models import LayerSpec, Transformer, TransformerConfig
+from blockjax.train.state import init_state
+from blockjax.train.step import make_eval_step, make_train_step, visible_pairs
+
+B, T, V = 8, 32, 40
+Z_LOSS = 0.01
+CONFIG = TransformerConfig(
+    vocab_size=V,
+    depth=2,
+    width=16,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    ffn=32,
+    pattern="8,full",
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Rows with 4, 8, .. 32 targets; what is left is padding."""
+    draw = np.random.default_rng(0)
+    length = 4 * np.arange(1, B + 1)[:, None]
+    real = np.arange(T) < length
+    whole = dict(
+        tokens=draw.integers(0, V, (B, T)),
+        targets=np.where(real, draw.integers(0, V, (B, T)), -1),
+        segment_ids=np.where(real, 0, -1),
+        positions=np.where(real, np.arange(T), 0),
+    )
+    return {key: jnp.asarray(value, jnp.int32) for key, value in whole.items()}
+
+
+@pytest.fixture(scope="module")
+def gradient_step(model):
+    """`gradient_step(batch, accumulate)` gives gradients and metrics."""
+    optimizer = optax.sgd(1.0)  # subtracts the gradient
+    state = init_state(model, optimizer)
+
+    @functools.cache
+    def compiled(accumulate):
+        options = dict(layers=CONFIG.layers(), z_loss=Z_LOSS, accumulate=accumulate)
+        return jax.jit(make_train_step(nnx.graphdef(model), optimizer, **options))
+
+    def run(batch, accumulate=1):
+        after, metrics = compiled(accumulate)(state, batch)
+        assert int(after.step) == 1
+        return jax.tree.map(jnp.subtract, state.params, after.params), metrics
+
+    return run
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_microbatches_with_unequal_targets_equal_one_batch(gradient_step, batch, accumulate):
+    grads, metrics = gradient_step(batch)
+    parts, part_metrics = gradient_step(batch, accumulate)
+    for key, value in metrics.items():
+        np.testing.assert_allclose(part_metrics[key], value, rtol=1e-6, err_msg=key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), parts, grads)
+
+
+def test_a_mean_of_means_would_differ(gradient_step, batch):
+    _, whole = gradient_step(batch, 2)
+    only = lambda rows: jnp.where(rows[:, None], batch["targets"], -1)  # noqa: E731
+    even = jnp.arange(B) % 2 == 0
+    halves = [gradient_step(batch | {"targets": only(rows)})[1]["loss"] for rows in (even, ~even)]
+    assert abs(np.mean(halves) - whole["loss"]) > 1e-4
+
+
+def test_the_loss_is_a_mean_over_targets(model, gradient_step, batch):
+    logits = np.float64(
+        model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    )
+    lse = np.log(np.exp(logits).sum(-1))
+    targets = np.asarray(batch["targets"])
+    nats = lse - np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    _, metrics = gradient_step(batch)
+    np.testing.assert_allclose(metrics["loss"], nats[targets >= 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["z_loss"], Z_LOSS * (lse[targets >= 0] ** 2).mean(), rtol=1e-5)
+    assert metrics["target_tokens"] == 4 * 36
+
+
+def test_a_batch_of_padding_changes_nothing(gradient_step, batch):
+    padding = jnp.full((B, T), -1, jnp.int32)
+    nothing = batch | {"targets": padding, "segment_ids": padding}
+    grads, metrics = gradient_step(nothing)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert not any(np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_visible_pairs_by_hand():
+    positions = np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
+    layers = (LayerSpec(2), LayerSpec(), LayerSpec(2))
+    full = (1 + 2 + 3 + 4 + 1 + 2) + (1 + 2 + 3 + 4 + 5 + 6)
+    window = (1 + 2 + 2 + 2 + 1 + 2) + (1 + 2 + 2 + 2 + 2 + 2)
+    assert visible_pairs(layers, positions) == full + 2 * window
+
+
+def test_evaluation_with_uniform_logits(model, batch):
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    params["head"] = jnp.zeros_like(params["head"])
+    sums = jax.jit(make_eval_step(graph))(params, batch | {"target_bytes": jnp.arange(8.0)})
+    np.testing.assert_allclose(sums["nats"], 144 * np.log(V), rtol=1e-6)
+    assert (sums["tokens"], sums["bytes"]) == (144, 28)
