@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from blockjax.errors import UsageError, nearest
@@ -90,6 +91,8 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise UsageError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs of features.")
+        if not 0 <= self.soft_cap < math.inf:
+            raise UsageError(f"model.soft_cap={self.soft_cap} must be a number >= 0; 0 turns it off.")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'.")
         parse_pattern(self.pattern)

@@ -21,12 +21,13 @@ from flax import nnx
 
 from blockjax.errors import UsageError, nearest
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
+from blockjax.masks import BlockMask
 from blockjax.models.config import LayerSpec, TransformerConfig
-from blockjax.parallel.mesh import constrain
+from blockjax.parallel.mesh import constrain, per_device
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 
-# What the backward of a scan step keeps: everything, the inputs, or also the
+# What the backward of a period keeps: everything, the inputs, or also the
 # results of matmuls with weights (those without batch dimensions).
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
@@ -100,9 +101,6 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        # Every device attends with all tokens of its sequences and heads.
-        q = constrain(q, ("batch", None, "heads", None))
-        k, v = (constrain(a, ("batch", None, "kv_heads", None)) for a in (k, v))
         o = attend(q, k, v)
         return jnp.einsum("BTNH,NHM->BTM", o, self.o[...].astype(x.dtype))
 
@@ -194,31 +192,46 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
         rope = self.rope(positions)
         attends = [
-            functools.partial(
-                block_sparse_attention,
-                mask=spec.mask(T, self.config.attention_block),
+            self._attend(spec.mask(T, self.config.attention_block), segment_ids)
+            for spec in self.config.period
+        ]
+
+        def period(graph: nnx.GraphDef, x: jax.Array, params) -> tuple[jax.Array, None]:
+            blocks = nnx.merge(graph, params)
+            for i in range(len(blocks)):
+                x = blocks[f"slot_{i}"](x, rope, attends[i])
+            return x, None
+
+        remat = REMAT[self.config.remat]
+        graph, stacked = nnx.split(self.periods)
+        x, _ = jax.lax.scan(remat(functools.partial(period, graph)), self.embed(tokens), stacked)
+        graph, tail = nnx.split(self.tail)
+        x, _ = remat(functools.partial(period, graph))(x, tail)
+        return self.final_norm(x)
+
+    def _attend(self, mask: BlockMask, segment_ids: jax.Array | None) -> Attend:
+        """Attention of whole sequences; every device has all tokens of its sequences and heads."""
+
+        def attend(q, k, v, segment_ids):
+            return block_sparse_attention(
+                q,
+                k,
+                v,
+                mask,
                 soft_cap=self.config.soft_cap or None,
                 q_segment_ids=segment_ids,
                 kv_segment_ids=segment_ids,
             )
-            for spec in self.config.period
-        ]
-        graph, stacked = nnx.split(self.periods)
 
-        def period(x: jax.Array, params) -> tuple[jax.Array, None]:
-            blocks = nnx.merge(graph, params)
-            for i, attend in enumerate(attends):
-                x = blocks[f"slot_{i}"](x, rope, attend)
-            return x, None
-
-        x, _ = jax.lax.scan(REMAT[self.config.remat](period), self.embed(tokens), stacked)
-        for i in range(len(self.tail)):
-            x = self.tail[f"slot_{i}"](x, rope, attends[i])
-        return self.final_norm(x)
+        q, kv = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+        local = per_device(attend, (q, kv, kv, ("batch", None)), q)
+        return lambda q, k, v: local(q, k, v, segment_ids)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, M] of unit variance, in `config.dtype`."""
-        x = jnp.take(self.embedding[...], tokens, axis=0) * self.config.width**0.5
+        # Rows are whole when they are looked up: else activations would be cut along M, and gathered.
+        table = constrain(self.embedding[...], ("vocab", None))
+        x = jnp.take(table, tokens, axis=0) * self.config.width**0.5
         return constrain(x.astype(self.config.dtype), ("batch", "time", None))
 
     def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,13 @@
 """Devices: the mesh and the rules that place arrays on it."""
 
-from blockjax.parallel.mesh import MESH_AXES, RULES, constrain, make_mesh, partition_spec, shardings
+from blockjax.parallel.mesh import (
+    MESH_AXES,
+    RULES,
+    constrain,
+    make_mesh,
+    partition_spec,
+    per_device,
+    shardings,
+)
 
-__all__ = ["MESH_AXES", "RULES", "constrain", "make_mesh", "partition_spec", "shardings"]
+__all__ = ["MESH_AXES", "RULES", "constrain", "make_mesh", "partition_spec", "per_device", "shardings"]

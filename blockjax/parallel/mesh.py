@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from blockjax.errors import UsageError
+from blockjax.errors import UsageError, nearest
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
@@ -37,8 +37,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       devices: defaults to all devices of all processes.
 
     Raises:
-      UsageError: the sizes do not multiply to the number of devices.
+      UsageError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
+    for axis in sizes:
+        if axis not in MESH_AXES:
+            raise UsageError(f"Unknown mesh axis {axis!r}.{nearest(axis, MESH_AXES)}")
     devices = jax.devices() if devices is None else devices
     shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
     text = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
@@ -82,11 +85,11 @@ def shardings(mesh: Mesh, shapes, axes):
     def leaf(path, shape, names):
         spec = partition_spec(names)
         for name, size, entry in zip(names, shape.shape, spec, strict=True):
-            cut = math.prod(mesh.shape[a] for a in _as_tuple(entry))
-            if size % cut:
+            if size % _parts(mesh, entry):
                 raise UsageError(
                     f"{jax.tree_util.keystr(path)} has {size} along {name!r}, which does not divide by "
-                    f"{'*'.join(_as_tuple(entry))}={cut} of the mesh; change the size or the mesh."
+                    f"{'*'.join(_as_tuple(entry))}={_parts(mesh, entry)} of the mesh; "
+                    "change the size or the mesh."
                 )
         return NamedSharding(mesh, spec)
 
@@ -94,10 +97,54 @@ def shardings(mesh: Mesh, shapes, axes):
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Pins an activation to its place on the mesh in use; nothing without one."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an activation to its place on the mesh in use; nothing without one.
+
+    A dimension that does not divide stays whole: one prompt may be continued on many devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names))
+    spec = partition_spec(names)
+    fits = (e if n % _parts(mesh, e) == 0 else None for n, e in zip(x.shape, spec, strict=True))
+    return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+def per_device(
+    function: Callable[..., jax.Array], inputs: Sequence[Sequence[str | None]], output: Sequence[str | None]
+) -> Callable[..., jax.Array]:
+    """`function`, run by every device of the mesh in use on its own part of the arrays.
+
+    For functions that treat the named dimensions independently. Partitioned
+    automatically, a loop or branch that asks something of the whole batch would
+    communicate in every iteration.
+
+    Args:
+      function: of arrays, or None in place of one.
+      inputs, output: logical names of the dimensions of each argument and of the result.
+
+    Returns:
+      The same function; `function` itself without a mesh, or for sizes that do not divide.
+    """
+
+    def call(*arrays):
+        mesh = jax.sharding.get_abstract_mesh()
+        specs = tuple(partition_spec(names) for names in inputs)
+        sizes = (
+            pair
+            for x, s in zip(arrays, specs, strict=True)
+            if x is not None
+            for pair in zip(x.shape, s, strict=True)
+        )
+        if mesh.empty or any(n % _parts(mesh, entry) for n, entry in sizes):
+            return function(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(output))(*arrays)
+
+    return call
+
+
+def _parts(mesh, entry) -> int:
+    """Into how many parts an entry of a `PartitionSpec` cuts a dimension."""
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
 
 
 def _as_tuple(entry) -> tuple[str, ...]:

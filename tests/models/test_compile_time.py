@@ -1,0 +1,61 @@
+"""Depth does not cost compile time."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from blockjax.models import Transformer, TransformerConfig
+
+DEPTHS = (12, 48)
+
+
+def traced(depth, pattern, remat="none"):
+    """Forward and backward of a model that is not allocated."""
+    config = TransformerConfig(
+        vocab_size=32,
+        depth=depth,
+        width=16,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        ffn=16,
+        pattern=pattern,
+        attention_block=16,
+        remat=remat,
+    )
+    graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+    def loss(params, tokens):
+        return jnp.sum(nnx.merge(graph, params)(tokens))
+
+    return jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((2, 32), jnp.int32))
+
+
+@pytest.mark.parametrize(("pattern", "remat"), [("full", "none"), ("8*3,full", "full")])
+def test_program_does_not_grow_with_depth(pattern, remat):
+    traces = [traced(depth, pattern, remat) for depth in DEPTHS]
+    equations = [str(t.jaxpr).count(" = ") for t in traces]
+    assert equations[0] == equations[1] > 100
+    lines = [t.lower().as_text().count("\n") for t in traces]
+    assert lines[0] == lines[1] > 100
+
+
+def test_48_layers_compile_in_at_most_1_3_times_the_time_of_12():
+    """Forward and backward, traced and compiled. CPU time, the least of two: other processes do not count."""
+
+    def seconds(depth):
+        jax.clear_caches()
+        begin = time.process_time()
+        traced(depth, "full").lower().compile()
+        return time.process_time() - begin
+
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        least = {depth: min(seconds(depth) for _ in range(2)) for depth in DEPTHS}
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    assert least[48] <= 1.3 * least[12], least

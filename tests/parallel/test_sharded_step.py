@@ -1,0 +1,177 @@
+"""One loss and one gradient, whatever the mesh; and what the devices say to each other."""
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from blockjax.models import Transformer, TransformerConfig
+from blockjax.parallel import make_mesh, partition_spec
+from blockjax.train.config import base_config
+from blockjax.train.state import plan_state
+from blockjax.train.step import loss_sums
+
+# Half the time to compile.
+FAST = {"xla_backend_optimization_level": 0}
+
+# T appears in no parameter, so that an activation is known by its shape.
+B, T = 16, 48
+CONFIG = TransformerConfig(
+    vocab_size=64,
+    depth=4,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=40,
+    pattern="20",
+    attention_block=32,
+    dtype="float32",
+)
+MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(fsdp=8),
+    "data_fsdp": dict(data=2, fsdp=4),
+    "data_fsdp_tensor": dict(data=2, fsdp=2, tensor=2),
+    "seq_data": dict(seq=2, data=4),
+    "tensor_fsdp": dict(tensor=2, fsdp=4),
+}
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    cuts = np.sort(rng.integers(1, T, (B, 2)), axis=1)
+    segments = (np.arange(T) >= cuts[:, :1]).astype(int) - 2 * (np.arange(T) >= cuts[:, 1:])
+    starts = np.where(segments == 1, cuts[:, :1], 0)
+    tokens = rng.integers(0, CONFIG.vocab_size, (B, T + 1))
+    arrays = dict(
+        tokens=tokens[:, :-1],
+        targets=np.where(segments < 0, -1, tokens[:, 1:]),
+        positions=np.arange(T) - starts,
+        segment_ids=segments,
+    )
+    return {name: a.astype(np.int32) for name, a in arrays.items()}
+
+
+@functools.cache
+def parameters():
+    model = Transformer(CONFIG, rngs=nnx.Rngs(base_config().seed))
+    return jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+@functools.cache
+def step(name):
+    """`(loss, gradients, text of the compiled program)` on a mesh; on one device without a name."""
+    start = parameters()
+    mesh = make_mesh(MESHES[name]) if name else make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        plan = plan_state(CONFIG, base_config(), mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract.params)
+
+        def loss(params, batch):
+            sums = loss_sums(plan.graph, params, batch)
+            return sums.nats / sums.tokens
+
+        params = jax.device_put(start, places)
+        data = jax.device_put(batch(), NamedSharding(mesh, partition_spec(("batch", "time"))))
+        lowered = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places)).lower(params, data)
+        compiled = lowered.compile(FAST)
+        value, grads = compiled(params, data)
+        return float(value), jax.device_get(grads), compiled.as_text()
+
+
+def test_a_seed_makes_the_same_parameters_on_every_mesh():
+    made = plan_state(CONFIG, base_config(), make_mesh(MESHES["data_fsdp_tensor"])).make().params
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, jax.device_get(made), parameters())
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_loss_and_gradients_are_those_of_one_device(name):
+    (loss, grads, _), (expected_loss, expected, _) = step(name), step(None)
+    assert abs(loss - expected_loss) < 1e-5
+    for (path, g), e in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(g, e, atol=1e-5 * max(1, np.abs(e).max()), err_msg=str(path))
+        assert np.abs(e).max() > 1e-5
+
+
+COLLECTIVE = re.compile(
+    r"= (?P<result>.*?) (?P<op>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(text):
+    """`(op, shapes, depth)` of each collective, where depth counts the loops around it."""
+    bodies = {}
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if header:
+            name = bodies["entry"] = header[2]
+            bodies[name] = []
+        elif bodies:
+            bodies[name].append(line)
+    depths, todo = {}, [(bodies.pop("entry"), 0)]  # the entry comes last
+    while todo:
+        name, depth = todo.pop()
+        if depths.get(name, -1) < depth:
+            depths[name] = depth
+            for line in bodies[name]:
+                callees = [c for c in re.findall(r"%([\w.-]+)", line) if c in bodies]
+                todo += [(callee, depth + (" while(" in line)) for callee in callees]
+    found = []
+    for name, depth in depths.items():
+        for line in bodies[name]:
+            match = COLLECTIVE.search(line)
+            if match:
+                shapes = re.findall(r"\w+\[([\d,]*)\]", match["result"])
+                found.append(
+                    (match["op"], [tuple(map(int, filter(None, s.split(",")))) for s in shapes], depth)
+                )
+    return found
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_attention_loops_are_silent(name):
+    """The loop over layers is one deep, those over query rows and key blocks two and three."""
+    text = step(name)[2]
+    assert text.count(" while(") >= 6
+    assert not [c for c in collectives(text) if c[2] > 1]
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "data_fsdp"])
+def test_only_parameters_and_their_gradients_travel(name):
+    parts = MESHES[name].get("fsdp", 1)
+
+    def known(shape):
+        """A parameter's shape or a layer's part of a stack, whole or cut along one dimension."""
+        cuts = [[*shape[:i], n // parts, *shape[i + 1 :]] for i, n in enumerate(shape)]
+        return {tuple(sorted(cut)) for cut in (shape, *cuts)}
+
+    shapes = [shape for leaf in jax.tree.leaves(parameters()) for shape in (leaf.shape, leaf.shape[1:])]
+    allowed = set().union(*map(known, shapes)) | {()}
+    found = collectives(step(name)[2])
+    assert len(found) > 2
+    for op, results, _ in found:
+        assert all(tuple(sorted(shape)) in allowed for shape in results), (op, results)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_each_device_keeps_to_its_sequences(name):
+    """Sums over heads and features travel with tensor parallelism, tokens with seq, sequences never."""
+    sizes = MESHES[name]
+    rows = B // (sizes.get("data", 1) * sizes.get("fsdp", 1))
+    for op, results, _ in collectives(step(name)[2]):
+        for shape in results:
+            if T in shape or T // 2 in shape:
+                assert shape[0] == rows, (op, shape)
+                assert op == "all-reduce" or "seq" in sizes, (op, shape)
+            else:
+                assert math.prod(shape) <= CONFIG.vocab_size * CONFIG.width, (op, shape)
