@@ -8,7 +8,7 @@ from blockjax.train.run import generate_text, open_run
 
 RUN = flags.DEFINE_string("run", "runs/quickstart", "run folder, on disk or gs://")
 PROMPT = flags.DEFINE_multi_string("prompt", [""], "text to continue; repeat for a batch")
-TOKENS = flags.DEFINE_integer("tokens", 256, "most tokens to add to each prompt")
+TOKENS = flags.DEFINE_integer("tokens", 256, "most tokens to add to each prompt", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "divides the logits; 0 takes the most likely token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the most likely tokens that reach this probability")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 
 matplotlib.use("Agg", force=False)
@@ -18,13 +20,15 @@ def series(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average without the pull towards zero at the start."""
-    total = norm = 0.0
-    out = []
-    for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        out.append(total / norm)
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about the last twentieth of the values so far.
+
+    The window grows with the run: the first values, far above all others, are soon forgotten.
+    """
+    average, out = 0.0, []
+    for count, value in enumerate(values):
+        average += (value - average) / (1 + count / 20)
+        out.append(average)
     return out
 
 
@@ -36,11 +40,10 @@ def plot_loss(lines: list[dict]) -> Figure:
     ax.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, label="train, moving average")
     val_steps, val = series(lines, "val/loss")
     ax.plot(val_steps, val, "o-", color=ORANGE, linewidth=1.4, markersize=4, label="validation")
-    if losses:
+    shown = sorted(loss for loss in losses + val if math.isfinite(loss))
+    if shown:
         # The first steps fall from ln V and would flatten everything after them.
-        shown = sorted(losses + val)
-        top = shown[min(len(shown) - 1, int(0.97 * len(shown)))]
-        ax.set_ylim(0.95 * shown[0], 1.05 * top)
+        ax.set_ylim(0.95 * shown[0], 1.05 * shown[int(0.97 * (len(shown) - 1))])
     ax.legend(frameon=False)
     return figure
 

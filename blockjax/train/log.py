@@ -74,7 +74,7 @@ class StepLog:
         seconds = (time.perf_counter() - self._clock) / len(fetched)
         tokens = c.data.batch_size * c.data.seq_len
         for at, values in fetched:
-            pairs = values.pop("visible_pairs")
+            pairs = values["visible_pairs"]
             speed = {
                 "tokens_per_second": tokens / seconds,
                 "mfu_useful": self._flops.useful(tokens, pairs) / seconds / self._peak,

@@ -159,8 +159,9 @@ def describe(
     c, m = config.data, model_config
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     windows = ", ".join(dict.fromkeys(str(spec) for spec in m.layers()))
+    devices = f"{mesh.size} x {jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     return (
-        f"jax {jax.__version__} on {mesh.size} x {jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}.\n"
+        f"jax {jax.__version__} on {devices}.\n"
         f"Model: {m.num_params():,} parameters, {m.depth} layers of width {m.width}, {windows}, {m.dtype}.\n"
         f"Data: {corpus.name} ({corpus.digest[:12]}), tokenizer {tokenizer.name}, "
         f"{c.batch_size} {c.order} sequences of {c.seq_len} tokens a step."

@@ -1,11 +1,14 @@
 """A corpus of a few kilobytes, and configs that train on it in seconds."""
 
+import contextlib
 import json
 import os
 import random
 
 import jax
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import loop
@@ -56,6 +59,22 @@ def tiny(corpus, tmp_path_factory):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """Runs train on the first device only."""
-    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+def bucket(monkeypatch):
+    """Keeps `gs://BUCKET/runs/` in memory; `bucket()` maps names of objects to their contents."""
+    filesystem = MemoryFileSystem(skip_instance_cache=True)
+    filesystem.store, filesystem.pseudo_dirs = {}, [""]
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: filesystem)
+    return lambda: {name.partition("runs/")[2]: file.getvalue() for name, file in filesystem.store.items()}
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """`with one_device():` trains on the first device only."""
+
+    @contextlib.contextmanager
+    def only():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+            yield
+
+    return only

@@ -2,23 +2,12 @@ import json
 
 import jax
 import pytest
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from blockjax.errors import UsageError
 from blockjax.train import folder as module
 from blockjax.train.folder import RunFolder
 
 RECORD = {"identity": {}, "config": {}, "tokenizer": {}, "corpus": {}}
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """`gs://` in memory; maps names of objects to their contents."""
-    filesystem = MemoryFileSystem(skip_instance_cache=True)
-    filesystem.store, filesystem.pseudo_dirs = {}, [""]
-    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: filesystem)
-    return lambda: {name.partition("runs/")[2]: file.getvalue() for name, file in filesystem.store.items()}
 
 
 def test_on_disk_everything_is_in_place(tmp_path):

@@ -147,7 +147,7 @@ def test_another_corpus_behind_the_same_path_is_refused(tiny, train, tmp_path, c
         loop.train(config, str(tmp_path / "run"), quiet=True)
     assert RunFolder(str(tmp_path / "run")).read_record()["corpus"].keys() == {"name", "digest"}
     path.write_text("A text about time.\n" * 200)
-    with pytest.raises(UsageError, match="another corpus: it was name text.txt, digest"):
+    with pytest.raises(UsageError, match=r"another corpus: it was name text\.txt, digest"):
         loop.train(config, str(tmp_path / "run"), quiet=True)
 
 
