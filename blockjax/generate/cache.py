@@ -62,11 +62,9 @@ class KVCache:
     ) -> jax.Array:
         """One query a sequence, q [B, 1, N, H] at positions [B], over what the layer sees of the cache."""
         C = self.k.shape[1]
-        size = min(block, C)
         predicate = Causal() if spec.window is None else Window(spec.window, 0)
-        mask = BlockMask.from_block_bool(
-            jnp.ones((1, 1, 1, -(-C // size)), bool), T=1, S=C, bq=1, bk=size, predicate=predicate
-        )
+        # Slots hold tokens in the order of the ring, so every block is visited and tested.
+        mask = BlockMask.from_predicate(predicate, 1, C, bq=1, bk=min(block, C), prune=False)
         return block_sparse_attention(
             q,
             self.k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +15,8 @@ from flax import nnx
 from blockjax.errors import UsageError
 from blockjax.generate.cache import KVCache, cache_size
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
-from blockjax.models import Transformer
+from blockjax.models import LayerSpec, Transformer
+from blockjax.models.transformer import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UsageError(
-                f"temperature={self.temperature} must not be negative; 0 takes the most likely token."
+                f"temperature={self.temperature} must be a number >= 0; 0 takes the most likely token."
             )
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} must not be negative; 0 keeps all tokens.")
@@ -47,7 +49,9 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws a token [B] int32 from logits [B, V]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    # The largest becomes 0, so that a small temperature does not overflow.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -98,11 +102,16 @@ def prefill(
 
 
 def decode(
-    model: Transformer, tokens: jax.Array, positions: jax.Array, caches: list[KVCache]
+    model: Transformer,
+    layers: Sequence[tuple[Block, LayerSpec]],
+    tokens: jax.Array,
+    positions: jax.Array,
+    caches: list[KVCache],
 ) -> tuple[jax.Array, list[KVCache]]:
     """Runs one token a sequence.
 
     Args:
+      layers: `list(model.layers())`, made once: cutting a layer out of the stack may copy its weights.
       tokens, positions: [B] int32.
       caches: one a layer.
 
@@ -110,7 +119,7 @@ def decode(
       Logits [B, V] float32 of the next token, and the caches with this one in them.
     """
     rope, x, new = model.rope(positions[:, None]), model.embed(tokens[:, None]), []
-    for (block, spec), cache in zip(model.layers(), caches, strict=True):
+    for (block, spec), cache in zip(layers, caches, strict=True):
 
         def attend(q, k, v, spec=spec, cache=cache):
             new.append(cache.append(k, v, positions))
@@ -127,7 +136,7 @@ def generate(
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     *,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     seed: int = 0,
     stop: int | None = None,
     vocab_size: int | None = None,
@@ -143,11 +152,21 @@ def generate(
 
     Returns:
       The new ids of each prompt.
+
+    Raises:
+      UsageError: no or empty prompts, ids that the model does not have, or a number out of range.
     """
     if not prompts or min(len(p) for p in prompts) == 0 or max_new_tokens < 1:
         raise UsageError(
             f"Generation needs prompts of at least one token and max_new_tokens={max_new_tokens} >= 1."
         )
+    rows = model.config.vocab_size
+    vocab_size = rows if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= rows:
+        raise UsageError(f"vocab_size={vocab_size} must lie in 1..{rows}, the rows of the model's embedding.")
+    least, most = (int(f([f(p) for p in prompts])) for f in (np.min, np.max))
+    if least < 0 or most >= rows:
+        raise UsageError(f"Prompts hold ids from {least} to {most}; the model knows 0..{rows - 1}.")
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -161,7 +180,7 @@ def generate(
         jax.random.key(seed),
         max_new_tokens,
         sampling,
-        vocab_size or model.config.vocab_size,
+        vocab_size,
     )
     return [row[: _first(row, stop)] for row in np.asarray(new)]
 
@@ -170,6 +189,7 @@ def generate(
 def _generate(graph, params, tokens, lengths, key, count, sampling, vocab_size) -> jax.Array:
     """New tokens [B, count]."""
     model = nnx.merge(graph, params)
+    layers = list(model.layers())
     logits, caches = prefill(model, tokens, lengths, tokens.shape[1] + count)
 
     def draw(logits: jax.Array, i: jax.Array) -> jax.Array:
@@ -177,7 +197,7 @@ def _generate(graph, params, tokens, lengths, key, count, sampling, vocab_size) 
 
     def step(carry, i):
         token, caches = carry
-        logits, caches = decode(model, token, lengths + i - 1, caches)
+        logits, caches = decode(model, layers, token, lengths + i - 1, caches)
         token = draw(logits, i)
         return (token, caches), token
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blockjax.kernels.block_sparse_attention import block_sparse_attention
 from flax import nnx
 
 from blockjax.errors import UsageError
 from blockjax.models import PRESETS, LayerSpec, Transformer, TransformerConfig, logical_axes, preset
 from blockjax.models.transformer import REMAT, apply_rope, rope_table
+from tests.models.random_model import random_model
 
 SIZES = dict(
     vocab_size=24,
@@ -39,13 +39,7 @@ CASES = {
 
 
 def make(**options) -> Transformer:
-    model = Transformer(TransformerConfig(**(SIZES | options)), rngs=nnx.Rngs(0))
-    # Gains of one would hide a missing gain.
-    rng = np.random.default_rng(1)
-    for path, param in nnx.to_flat_state(nnx.state(model)):
-        if path[-1] == "gain":
-            param[...] = param[...] * jnp.asarray(rng.uniform(0.5, 1.5, param.shape), jnp.float32)
-    return model
+    return random_model(TransformerConfig(**(SIZES | options)))
 
 
 def packed(seed=0):
@@ -97,15 +91,12 @@ def reference(params, config, windows, tokens, positions, segments):
             q, k = norm(q, a["q_norm"]["gain"]), norm(k, a["k_norm"]["gain"])
         q, k = rotate(q, positions), rotate(k, positions)
         visible = same & (j <= i) & (i - j < (window or T))
-        heads = []
-        for n in range(config.heads):
-            kv = n * config.kv_heads // config.heads
-            z = jnp.matmul(q[:, :, n], k[:, :, kv].swapaxes(1, 2)) / config.head_dim**0.5
-            if config.soft_cap:
-                z = config.soft_cap * jnp.tanh(z / config.soft_cap)
-            p_seen = jax.nn.softmax(jnp.where(visible, z, -1e30), -1) * visible
-            heads.append(p_seen @ v[:, :, kv] @ a["o"][n])
-        x = x + sum(heads)
+        k, v = (jnp.repeat(y, config.heads // config.kv_heads, axis=2) for y in (k, v))
+        z = jnp.einsum("binh,bjnh->nbij", q, k) / config.head_dim**0.5
+        if config.soft_cap:
+            z = config.soft_cap * jnp.tanh(z / config.soft_cap)
+        seen = jax.nn.softmax(jnp.where(visible, z, -1e30), -1) * visible
+        x = x + jnp.einsum("nbij,bjnh,nhm->bim", seen, v, a["o"])
         m, h = p["mlp"], norm(x, p["mlp_norm"]["gain"])
         gate = h @ m["gate"]
         x = x + (gate / (1 + jnp.exp(-gate)) * (h @ m["up"])) @ m["down"]
@@ -307,21 +298,14 @@ def test_the_scan_unit_is_a_period():
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(nnx.state(model.periods)))
 
 
-def test_layers_are_those_of_the_scan(mixed):
-    """`layers()` unstacks: running them one after the other is the forward pass."""
-    tokens, positions, segments = packed()
-    x, rope = mixed.embed(tokens), mixed.rope(positions)
-    specs = []
-    for block, spec in mixed.layers():
-        specs.append(spec)
-
-        def attend(q, k, v, spec=spec):
-            return block_sparse_attention(q, k, v, spec.mask(T, 32), q_segment_ids=segments)
-
-        x = block(x, rope, attend)
-    assert tuple(specs) == mixed.config.layers()
-    logits = mixed.logits(mixed.final_norm(x))
-    np.testing.assert_allclose(logits, run(mixed, tokens, positions, segments), atol=1e-4)
+def test_layers_are_unstacked_in_order(mixed):
+    params = nnx.to_pure_dict(nnx.state(mixed))
+    stacked, tail = params["periods"], params["tail"]
+    expected = [jax.tree.map(lambda a: a[r], stacked[f"slot_{s}"]) for r in (0, 1) for s in (0, 1)]  # noqa: B023
+    blocks, specs = zip(*mixed.layers(), strict=True)
+    assert specs == mixed.config.layers()
+    for block, params in zip(blocks, [*expected, tail["slot_0"]], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(block)), params)
 
 
 @pytest.mark.parametrize(
@@ -358,9 +342,8 @@ def test_masks_of_layers():
     assert LayerSpec(64).mask(64, 16).visible_pairs() == LayerSpec().mask(64, 16).visible_pairs()
 
 
-def backward(remat):
-    """Gradient function of a model with whole periods and a tail, and its parameters."""
-    model = make(pattern="8,full", depth=5, remat=remat)
+def objective(**options):
+    model = make(**options)
     graph, state = nnx.split(model)
     tokens, positions, segments = packed()
 
@@ -373,7 +356,7 @@ def backward(remat):
 def test_remat_changes_no_gradient():
     grads = {}
     for remat in REMAT:
-        loss, params = backward(remat)
+        loss, params = objective(remat=remat)
         grads[remat] = jit(jax.grad(loss))(params)
     for remat in ("full", "dots"):
         for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads[remat]), strict=True):
@@ -383,7 +366,7 @@ def test_remat_changes_no_gradient():
 def test_remat_keeps_less():
     def kept(remat):
         """Shapes of the arrays that the forward keeps for the backward, parameters aside."""
-        loss, params = backward(remat)
+        loss, params = objective(remat=remat, pattern="8,full", depth=5)
         residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
         ours = {leaf.shape for leaf in jax.tree.leaves(params)}
         return [leaf.shape for leaf in jax.tree.leaves(residuals) if leaf.shape not in ours]

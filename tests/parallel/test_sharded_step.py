@@ -10,11 +10,13 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from blockjax.models import Transformer, TransformerConfig
+from blockjax.models import TransformerConfig
+from blockjax.models.transformer import weight
 from blockjax.parallel import make_mesh, partition_spec
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
 from blockjax.train.step import loss_sums
+from tests.models.random_model import random_params
 
 # Half the time to compile.
 FAST = {"xla_backend_optimization_level": 0}
@@ -33,6 +35,7 @@ CONFIG = TransformerConfig(
     attention_block=32,
     dtype="float32",
 )
+GRAPH, PARAMS = random_params(CONFIG)
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(fsdp=8),
@@ -59,25 +62,18 @@ def batch():
 
 
 @functools.cache
-def parameters():
-    model = Transformer(CONFIG, rngs=nnx.Rngs(base_config().seed))
-    return jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-
-
-@functools.cache
 def step(name):
     """`(loss, gradients, text of the compiled program)` on a mesh; on one device without a name."""
-    start = parameters()
     mesh = make_mesh(MESHES[name]) if name else make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        plan = plan_state(CONFIG, base_config(), mesh)
-        places = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract.params)
+        places = plan_state(CONFIG, base_config(), mesh).abstract.params
+        places = jax.tree.map(lambda leaf: leaf.sharding, places)
 
         def loss(params, batch):
-            sums = loss_sums(plan.graph, params, batch)
+            sums = loss_sums(GRAPH, params, batch)
             return sums.nats / sums.tokens
 
-        params = jax.device_put(start, places)
+        params = jax.device_put(PARAMS, places)
         data = jax.device_put(batch(), NamedSharding(mesh, partition_spec(("batch", "time"))))
         lowered = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places)).lower(params, data)
         compiled = lowered.compile(FAST)
@@ -85,10 +81,11 @@ def step(name):
         return float(value), jax.device_get(grads), compiled.as_text()
 
 
-def test_a_seed_makes_the_same_parameters_on_every_mesh():
-    made = plan_state(CONFIG, base_config(), make_mesh(MESHES["data_fsdp_tensor"])).make().params
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, jax.device_get(made), parameters())
+def test_a_seed_makes_the_same_weight_on_every_mesh():
+    axes = dict(model=32, ffn=40)
+    place = NamedSharding(make_mesh(MESHES["tensor_fsdp"]), partition_spec(tuple(axes)))
+    make = lambda: weight(nnx.Rngs(0), axes, fan_in=32)[...]  # noqa: E731
+    np.testing.assert_allclose(jax.jit(make, out_shardings=place)(), make(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -155,7 +152,7 @@ def test_only_parameters_and_their_gradients_travel(name):
         cuts = [[*shape[:i], n // parts, *shape[i + 1 :]] for i, n in enumerate(shape)]
         return {tuple(sorted(cut)) for cut in (shape, *cuts)}
 
-    shapes = [shape for leaf in jax.tree.leaves(parameters()) for shape in (leaf.shape, leaf.shape[1:])]
+    shapes = [shape for leaf in jax.tree.leaves(PARAMS) for shape in (leaf.shape, leaf.shape[1:])]
     allowed = set().union(*map(known, shapes)) | {()}
     found = collectives(step(name)[2])
     assert len(found) > 2

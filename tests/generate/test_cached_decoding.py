@@ -1,0 +1,107 @@
+"""Prefill and cached decoding against the forward pass over everything."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from blockjax.generate import KVCache, decode, prefill
+from blockjax.generate.sampler import Sampling, _generate
+from blockjax.models import Transformer, TransformerConfig
+from tests.models.random_model import random_model
+
+# Half the time to compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+LENGTHS = np.array([1, 5, 17], np.int32)
+STEPS = 25
+TOTAL = 17 + STEPS
+
+# Options, and the cache size of each layer: 4 is smaller than a prompt, 24 larger, 64 larger than all.
+CASES = {
+    "full": (dict(depth=2), [TOTAL, TOTAL]),
+    "tail": (dict(depth=3, pattern="4,full", soft_cap=2.0), [4, TOTAL, 4]),
+    "windows": (dict(depth=3, pattern="16,24,64", kv_heads=4), [16, 24, TOTAL]),
+    "narrow": (dict(depth=4, pattern="1,3", tied=True, qk_norm=False, kv_heads=1), [1, 3, 1, 3]),
+}
+
+
+def make(**options) -> Transformer:
+    sizes = dict(vocab_size=32, depth=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24)
+    return random_model(TransformerConfig(**(sizes | dict(attention_block=16, dtype="float32") | options)))
+
+
+def cached(model, tokens):
+    """Logits [steps + 1, B, V] of given tokens [B, TOTAL], fed one at a time after the prompts; caches."""
+    graph, params = nnx.split(model)
+    prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 9)
+
+    @jit
+    def start(params):
+        return prefill(nnx.merge(graph, params), jnp.asarray(prompts), jnp.asarray(LENGTHS), TOTAL)
+
+    @jit
+    def step(params, token, positions, caches):
+        model = nnx.merge(graph, params)
+        return decode(model, list(model.layers()), token, positions, caches)
+
+    logits, caches = start(params)
+    results = [logits]
+    for i in range(STEPS):
+        logits, caches = step(params, tokens[np.arange(3), LENGTHS + i], LENGTHS + i, caches)
+        results.append(logits)
+    return np.stack(results), caches
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_logits_are_the_uncached_ones(case):
+    options, sizes = CASES[case]
+    model = make(**options)
+    tokens = np.random.default_rng(0).integers(0, 32, (3, TOTAL)).astype(np.int32)
+    logits, caches = cached(model, tokens)
+    graph, params = nnx.split(model)
+    expected = np.asarray(jit(lambda params: nnx.merge(graph, params)(tokens))(params))
+    for i, step in enumerate(logits):
+        np.testing.assert_allclose(
+            step, expected[np.arange(3), LENGTHS + i - 1], atol=1e-4, rtol=1e-4, err_msg=f"step {i}"
+        )
+    assert [cache.k.shape for cache in caches] == [(3, n, model.config.kv_heads, 8) for n in sizes]
+    for cache, size in zip(caches, sizes, strict=True):
+        for row, end in zip(np.asarray(cache.positions), LENGTHS + STEPS, strict=True):
+            held = sorted(p for p in row if p >= 0)
+            assert held == list(range(max(0, end - size), end))
+            assert all(p % size == slot for slot, p in enumerate(row) if p >= 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 9])
+def test_a_cache_from_a_prompt_is_one_that_was_filled_token_by_token(size):
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(3, 6, 2, 4)), jnp.float32) for _ in "kv")
+    lengths = jnp.array([1, 3, 6])
+    whole = KVCache.from_prompt(k, v, lengths, size)
+    for row, length in enumerate(lengths):
+        one = KVCache(jnp.zeros((1, size, 2, 4)), jnp.zeros((1, size, 2, 4)), jnp.full((1, size), -1))
+        for t in range(length):
+            pick = (slice(row, row + 1), slice(t, t + 1))
+            one = one.append(k[pick], v[pick], jnp.array([t]))
+        np.testing.assert_array_equal(whole.positions[row], one.positions[0])
+        used = one.positions[0] >= 0
+        np.testing.assert_array_equal(whole.k[row][used], one.k[0][used])
+        np.testing.assert_array_equal(whole.v[row][used], one.v[0][used])
+
+
+def test_layers_are_cut_out_of_the_stack_once():
+    """The loop over tokens reads each layer's weights, not the stack of all layers."""
+    graph, params = nnx.split(make(depth=4, ffn=56))
+
+    def run(params, tokens, lengths, key):
+        return _generate(graph, params, tokens, lengths, key, 7, Sampling(0.0), 32)
+
+    args = params, np.zeros((1, 3), np.int32), np.array([3]), jax.random.key(0)
+    (call,) = jax.make_jaxpr(run)(*args).jaxpr.eqns
+    loops = [e for e in call.params["jaxpr"].eqns if e.primitive.name == "scan" and e.params["length"] == 6]
+    (shapes,) = ([v.aval.shape for v in loop.invars] for loop in loops)
+    assert shapes.count((16, 56)) == 2 * 4 and (4, 16, 56) not in shapes
