@@ -1,4 +1,7 @@
-"""Continues prompts with a trained run: `python experiments/generate.py --run=runs/quickstart --prompt="def "`."""
+"""Continues prompts with a trained run.
+
+Command: python experiments/generate.py --run=runs/quickstart --prompt="def "
+"""
 
 from absl import flags
 

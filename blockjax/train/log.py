@@ -58,6 +58,7 @@ class StepLog:
         if self._files:
             self._files.write(step, values)
             self._files.flush()
+        self._show(step)
         self._clock = time.perf_counter()
 
     def flush(self) -> None:
@@ -86,13 +87,18 @@ class StepLog:
                 self._files.write(at, {f"train/{key}": value for key, value in values.items()})
         if self._files:
             self._files.flush()
-        text = (
-            f"loss {values['loss']:.3f}{self._bits}  {values['tokens_per_second']:,.0f} tok/s  "
-            f"MFU {values['mfu_useful']:.0%} ({values['mfu_executed']:.0%})"
-        )
-        self._display.update(at, text)
+        self._last = values
+        self._show(at)
         self._pending.clear()
         self._clock = time.perf_counter()
+
+    def _show(self, step: int) -> None:
+        last = self._last
+        self._display.update(
+            step,
+            f"loss {last['loss']:.3f}{self._bits}  {last['tokens_per_second']:,.0f} tok/s  "
+            f"MFU {last['mfu_useful']:.0%} ({last['mfu_executed']:.0%})",
+        )
 
     def __enter__(self) -> StepLog:
         self._display.say(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_ctrl_c_and_kill(config, alone, tmp_path):
     ((code, out, error),) = launch(config, run)
     assert code == 0, error
     assert "continues after step 3" in out and f"Report: {run}/report/report.md" in out
+    assert re.search(r"^step 7/7  loss \d\.\d{3}  val \d\.\d{3}  ", out, re.MULTILINE)
     assert values(run) == values(alone)
     assert values(run, "val/bits_per_byte") == values(alone, "val/bits_per_byte")
 
