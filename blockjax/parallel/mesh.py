@@ -97,16 +97,10 @@ def shardings(mesh: Mesh, shapes, axes):
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Pins an activation to its place on the mesh in use; nothing without one.
-
-    A dimension that does not divide stays whole: one prompt may be continued on many devices.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    """Pins an activation to its place on the mesh in use; nothing without one."""
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    spec = partition_spec(names)
-    fits = (e if n % _parts(mesh, e) == 0 else None for n, e in zip(x.shape, spec, strict=True))
-    return jax.lax.with_sharding_constraint(x, P(*fits))
+    return jax.lax.with_sharding_constraint(x, partition_spec(names))
 
 
 def per_device(
