@@ -39,7 +39,7 @@ def test_bits_per_byte_of_uniform_logits(tiny, tmp_path, monkeypatch):
         "val/loss": math.log(vocab),
         "val/perplexity": vocab,
     }
-    assert seen["values"] == pytest.approx(expected, rel=1e-6)
+    assert seen["values"] == pytest.approx(expected, rel=3e-6)  # float32 sums
     assert lines_of(tmp_path, "val/perplexity") == {3: seen["values"]["val/perplexity"]}
 
 

@@ -134,8 +134,9 @@ def test_two_processes(config, alone, tmp_path):
     whole = tmp_path / "whole"
     outputs = launch(config, whole, processes=2, devices=4)
     assert [code for code, _, _ in outputs] == [0, 0], outputs
-    assert "Report: " in outputs[0][1]
-    assert not [line for line in outputs[1][1].splitlines() if not line.startswith("[Gloo]")]
+    # Gloo prints lines of its own.
+    assert ["Report: " in out for _, out, _ in outputs] == [True, False]
+    assert ["step 7/7" in out for _, out, _ in outputs] == [True, False]
     assert {p.name for p in whole.iterdir()} == {"run.json", "metrics.jsonl", "checkpoints", "report"}
     assert len(values(whole)) == 7
     for other in (tmp_path / "eight", alone):
