@@ -17,6 +17,7 @@ from blockjax.generate.cache import KVCache, cache_size
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
 from blockjax.models import LayerSpec, Transformer
 from blockjax.models.transformer import Block
+from blockjax.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,8 @@ def _generate(graph, params, tokens, lengths, key, count, sampling, vocab_size) 
 
     first = draw(logits, jnp.int32(0))
     _, rest = jax.lax.scan(step, (first, caches), jnp.arange(1, count))
-    return jnp.concatenate([first[None], rest]).T
+    new = jnp.concatenate([first[None], rest]).T
+    return constrain(new, (None, None))  # whole on every process
 
 
 def _first(row: np.ndarray, stop: int | None) -> int | None:
