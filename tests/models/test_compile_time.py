@@ -1,5 +1,6 @@
 """Depth does not cost compile time."""
 
+import math
 import time
 
 import jax
@@ -44,7 +45,7 @@ def test_program_does_not_grow_with_depth(pattern, remat):
 
 
 def test_48_layers_compile_in_at_most_1_3_times_the_time_of_12():
-    """Forward and backward, traced and compiled. CPU time, the least of two: other processes do not count."""
+    """Forward and backward, traced and compiled. CPU time: other processes do not count."""
 
     def seconds(depth):
         jax.clear_caches()
@@ -55,7 +56,12 @@ def test_48_layers_compile_in_at_most_1_3_times_the_time_of_12():
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        least = {depth: min(seconds(depth) for _ in range(2)) for depth in DEPTHS}
+        # Noise only adds: the least of some rounds, both depths in each, is the time itself.
+        least = dict.fromkeys(DEPTHS, math.inf)
+        for _ in range(6):
+            least = {depth: min(best, seconds(depth)) for depth, best in least.items()}
+            if least[48] <= 1.2 * least[12]:
+                break
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     assert least[48] <= 1.3 * least[12], least
