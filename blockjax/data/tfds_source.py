@@ -1,6 +1,5 @@
 """TFDS datasets that are already prepared as array_record, read where they lie."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from blockjax.data.splits import assign_splits, hash_fraction
 from blockjax.data.text_corpus import quiet_tfds
-from blockjax.errors import UsageError
+from blockjax.errors import UsageError, nearest
 
 HELD_OUT = 0.05  # part of train for each of validation and test that the dataset lacks
 
@@ -82,10 +81,9 @@ def _find(name: str, roots: list[Path]) -> Path:
         raise UsageError(
             f"the TFDS dataset {name} has several configurations: {', '.join(configs)}; name one"
         )
-    near = difflib.get_close_matches(name, prepared, n=3)
     raise UsageError(
-        f"the TFDS dataset {name!r} is not prepared under {places}"
-        + (f"; did you mean {' or '.join(near)}?" if near else "; prepare it with file_format=array_record")
+        f"the TFDS dataset {name!r} is not prepared under {places}; prepare it with file_format=array_record."
+        + (nearest(name, prepared) if prepared else "")
     )
 
 

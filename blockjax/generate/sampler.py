@@ -14,7 +14,6 @@ from flax import nnx
 
 from blockjax.errors import UsageError
 from blockjax.generate.cache import KVCache, cache_size
-from blockjax.kernels.block_sparse_attention import block_sparse_attention
 from blockjax.models import LayerSpec, Transformer
 from blockjax.models.transformer import Block
 from blockjax.parallel.mesh import constrain
@@ -87,15 +86,7 @@ def prefill(
 
         def attend(q, k, v, spec=spec):
             caches.append(KVCache.from_prompt(k, v, lengths, cache_size(spec, max_tokens)))
-            return block_sparse_attention(
-                q,
-                k,
-                v,
-                spec.mask(T, model.config.attention_block),
-                soft_cap=model.config.soft_cap or None,
-                q_segment_ids=segments,
-                kv_segment_ids=segments,
-            )
+            return model.attend(spec.mask(T, model.config.attention_block), segments)(q, k, v)
 
         x = block(x, rope, attend)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)

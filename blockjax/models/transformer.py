@@ -192,8 +192,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
         rope = self.rope(positions)
         attends = [
-            self._attend(spec.mask(T, self.config.attention_block), segment_ids)
-            for spec in self.config.period
+            self.attend(spec.mask(T, self.config.attention_block), segment_ids) for spec in self.config.period
         ]
 
         def period(graph: nnx.GraphDef, x: jax.Array, params) -> tuple[jax.Array, None]:
@@ -209,7 +208,7 @@ class Transformer(nnx.Module):
         x, _ = remat(functools.partial(period, graph))(x, tail)
         return self.final_norm(x)
 
-    def _attend(self, mask: BlockMask, segment_ids: jax.Array | None) -> Attend:
+    def attend(self, mask: BlockMask, segment_ids: jax.Array | None) -> Attend:
         """Attention of whole sequences; every device has all tokens of its sequences and heads."""
 
         def attend(q, k, v, segment_ids):

@@ -10,8 +10,8 @@ from flax import nnx
 
 from blockjax.generate import KVCache, decode, prefill
 from blockjax.generate.sampler import Sampling, _generate
-from blockjax.models import Transformer, TransformerConfig
-from tests.models.random_model import random_model
+from blockjax.models import Transformer
+from tests.models.tiny import random_model, tiny_config
 
 # Half the time to compile.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -30,8 +30,7 @@ CASES = {
 
 
 def make(**options) -> Transformer:
-    sizes = dict(vocab_size=32, depth=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24)
-    return random_model(TransformerConfig(**(sizes | dict(attention_block=16, dtype="float32") | options)))
+    return random_model(tiny_config(**dict(vocab_size=32, ffn=24, attention_block=16) | options))
 
 
 def cached(model, tokens):

@@ -11,9 +11,9 @@ from flax import nnx
 from blockjax.errors import UsageError
 from blockjax.generate import Sampling, generate, sample
 from blockjax.generate.sampler import _generate
-from blockjax.models import Transformer, TransformerConfig, logical_axes
+from blockjax.models import Transformer, logical_axes
 from blockjax.parallel import make_mesh, shardings
-from tests.models.random_model import random_model
+from tests.models.tiny import random_model, tiny_config
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [np.array([3]), np.array([7, 1, 4, 4, 0]), np.arange(17) % 11]
@@ -21,19 +21,7 @@ COUNT = 14
 
 
 def make(seed=0) -> Transformer:
-    config = TransformerConfig(
-        vocab_size=32,
-        depth=2,
-        width=16,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        ffn=24,
-        pattern="6,full",
-        attention_block=16,
-        dtype="float32",
-    )
-    return random_model(config, seed)
+    return random_model(tiny_config(vocab_size=32, ffn=24, pattern="6,full", attention_block=16), seed)
 
 
 @pytest.fixture(scope="module")

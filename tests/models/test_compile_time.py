@@ -8,25 +8,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from blockjax.models import Transformer, TransformerConfig
+from blockjax.models import Transformer
+from tests.models.tiny import tiny_config
 
 DEPTHS = (12, 48)
 
 
 def traced(depth, pattern, remat="none"):
     """Forward and backward of a model that is not allocated."""
-    config = TransformerConfig(
-        vocab_size=32,
-        depth=depth,
-        width=16,
-        heads=2,
-        kv_heads=1,
-        head_dim=8,
-        ffn=16,
-        pattern=pattern,
-        attention_block=16,
-        remat=remat,
-    )
+    config = tiny_config(depth=depth, pattern=pattern, attention_block=16, remat=remat)
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
     def loss(params, tokens):

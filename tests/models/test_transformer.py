@@ -9,21 +9,11 @@ import pytest
 from flax import nnx
 
 from blockjax.errors import UsageError
-from blockjax.models import PRESETS, LayerSpec, Transformer, TransformerConfig, logical_axes, preset
+from blockjax.models import PRESETS, LayerSpec, Transformer, logical_axes, preset
 from blockjax.models.transformer import REMAT, apply_rope, rope_table
-from tests.models.random_model import random_model
+from tests.models.tiny import random_model, tiny_config
 
-SIZES = dict(
-    vocab_size=24,
-    depth=2,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=20,
-    attention_block=32,
-    dtype="float32",
-)
+VOCAB = tiny_config().vocab_size
 T = 40  # the last block is ragged
 
 # Half the time to compile; nothing here runs for long.
@@ -39,12 +29,12 @@ CASES = {
 
 
 def make(**options) -> Transformer:
-    return random_model(TransformerConfig(**(SIZES | options)))
+    return random_model(tiny_config(**options))
 
 
 def packed(seed=0):
     """Tokens, positions and segments [2, T]: two documents and padding; one document."""
-    tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (2, T))
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (2, T))
     segments = np.stack([np.repeat([0, 1, -1], [13, 20, T - 33]), np.full(T, 7)])
     positions = np.stack([np.concatenate([np.arange(n) for n in (13, 20, T - 33)]), np.arange(T)])
     return tuple(jnp.asarray(a, jnp.int32) for a in (tokens, positions, segments))
@@ -235,7 +225,7 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
 
 
 def test_embeddings_and_logits_start_with_unit_variance():
-    model = Transformer(TransformerConfig(**(SIZES | dict(depth=1, width=64))), rngs=nnx.Rngs(0))
+    model = Transformer(tiny_config(depth=1, width=64), rngs=nnx.Rngs(0))
     tokens = packed()[0]
     assert abs(float(jnp.std(model.embed(tokens))) - 1) < 0.2
     assert abs(run(model, tokens).std() - 1) < 0.3
@@ -254,7 +244,7 @@ def count(model) -> int:
 @pytest.mark.parametrize(("pattern", "depth"), [("full", 3), ("8*3,full", 6), ("8*3,full", 2)])
 def test_num_params_is_the_number_of_parameters(tied, qk_norm, pattern, depth):
     options = dict(tied=tied, qk_norm=qk_norm, pattern=pattern, depth=depth)
-    config = TransformerConfig(**(SIZES | options))
+    config = tiny_config(**options)
     assert config.num_params() == count(abstract(config))
     embedding = 0 if tied else config.vocab_size * config.width
     assert config.num_params(embedding=False) == config.num_params() - embedding
@@ -272,7 +262,7 @@ def test_presets_have_the_size_of_their_name(name):
 
 
 def test_every_dimension_of_every_parameter_is_named():
-    config = TransformerConfig(**(SIZES | dict(pattern="8*3,full", depth=6)))
+    config = tiny_config(pattern="8*3,full", depth=6)
     sizes = dict(
         vocab=config.vocab_size,
         model=config.width,
@@ -293,7 +283,7 @@ def test_every_dimension_of_every_parameter_is_named():
 
 
 def test_the_scan_unit_is_a_period():
-    model = abstract(TransformerConfig(**(SIZES | dict(pattern="8*3,full", depth=14))))
+    model = abstract(tiny_config(pattern="8*3,full", depth=14))
     assert (len(model.periods), len(model.tail)) == (4, 2)
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(nnx.state(model.periods)))
 
@@ -325,7 +315,7 @@ def test_layers_are_unstacked_in_order(mixed):
 )
 def test_bad_options_are_refused(options, words):
     with pytest.raises(UsageError) as error:
-        abstract(TransformerConfig(**(SIZES | options)))
+        abstract(tiny_config(**options))
     assert all(word in str(error.value) for word in words)
 
 

@@ -8,10 +8,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from blockjax.errors import UsageError
-from blockjax.models import TransformerConfig
 from blockjax.parallel import MESH_AXES, RULES, constrain, make_mesh, partition_spec, per_device, shardings
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
+from tests.models.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ GOLDEN = {
 
 
 def plan(mesh, optimizer="adamw", **options):
-    model = dict(vocab_size=32, depth=3, width=16, heads=4, kv_heads=2, head_dim=4, ffn=24, pattern="8,full")
+    model = dict(vocab_size=32, depth=3, head_dim=4, ffn=24, pattern="8,full", dtype="bfloat16")
     config = base_config()
     config.optimizer.name = optimizer
-    return plan_state(TransformerConfig(**(model | options)), config, mesh)
+    return plan_state(tiny_config(**(model | options)), config, mesh)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -10,31 +10,19 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from blockjax.models import TransformerConfig
 from blockjax.models.transformer import weight
 from blockjax.parallel import make_mesh, partition_spec
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
 from blockjax.train.step import loss_sums
-from tests.models.random_model import random_params
+from tests.models.tiny import random_params, tiny_config
 
 # Half the time to compile.
 FAST = {"xla_backend_optimization_level": 0}
 
 # T appears in no parameter, so that an activation is known by its shape.
 B, T = 16, 48
-CONFIG = TransformerConfig(
-    vocab_size=64,
-    depth=4,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=40,
-    pattern="20",
-    attention_block=32,
-    dtype="float32",
-)
+CONFIG = tiny_config(vocab_size=64, depth=4, width=32, ffn=40, pattern="20")
 GRAPH, PARAMS = random_params(CONFIG)
 MESHES = {
     "data": dict(data=8),

@@ -5,11 +5,12 @@ import optax
 import pytest
 from flax import nnx
 
-from blockjax.models import Transformer, TransformerConfig
+from blockjax.models import Transformer
 from blockjax.train import loss
 from blockjax.train.loss import chunk_size, cross_entropy
 from blockjax.train.state import init_state
 from blockjax.train.step import BATCH_KEYS, make_train_step
+from tests.models.tiny import tiny_config
 
 B, T, M, V = 3, 24, 8, 50
 
@@ -84,9 +85,7 @@ def arrays(jaxpr):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_logits_never_exist_whole_in_float32(monkeypatch, accumulate):
     rows, tokens, vocab = 4, 256, 32768
-    config = TransformerConfig(
-        vocab_size=vocab, depth=2, width=16, heads=2, kv_heads=2, head_dim=8, ffn=32, dtype="bfloat16"
-    )
+    config = tiny_config(vocab_size=vocab, dtype="bfloat16")
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     optimizer = optax.sgd(1.0)
     batch = {key: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for key in BATCH_KEYS}

@@ -7,23 +7,14 @@ import optax
 import pytest
 from flax import nnx
 
-from blockjax.models import LayerSpec, Transformer, TransformerConfig
+from blockjax.models import LayerSpec, Transformer
 from blockjax.train.state import init_state
 from blockjax.train.step import make_eval_step, make_train_step, visible_pairs
+from tests.models.tiny import tiny_config
 
 B, T, V = 8, 32, 40
 Z_LOSS = 0.01
-CONFIG = TransformerConfig(
-    vocab_size=V,
-    depth=2,
-    width=16,
-    heads=2,
-    kv_heads=1,
-    head_dim=8,
-    ffn=32,
-    pattern="8,full",
-    dtype="float32",
-)
+CONFIG = tiny_config(vocab_size=V, pattern="8,full")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,19 @@
-"""Models filled by NumPy: initialising one with JAX compiles longer than most tests run."""
+"""Decoders of a few thousand parameters.
+
+NumPy fills them: initialising one with JAX compiles longer than most tests run.
+"""
 
 import jax
 import numpy as np
 from flax import nnx
 
 from blockjax.models import Transformer, TransformerConfig
+
+
+def tiny_config(**options) -> TransformerConfig:
+    """Two layers of width 16 in float32, with fields replaced."""
+    sizes = dict(vocab_size=24, depth=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=20)
+    return TransformerConfig(**{**sizes, "attention_block": 32, "dtype": "float32", **options})
 
 
 def random_params(config: TransformerConfig, seed: int = 0):
