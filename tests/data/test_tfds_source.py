@@ -49,7 +49,7 @@ def test_splits_are_kept_and_the_missing_one_is_carved_from_train(data_dir):
 
 
 def test_mistakes_get_one_sentence(data_dir, tmp_path):
-    with pytest.raises(UsageError, match="Did you mean .stories/long"):
+    with pytest.raises(UsageError, match=r"Did you mean .stories/long"):
         open_corpus("tfds:storys/long", data_dir)
     with pytest.raises(
         UsageError, match=r"no text feature 'text'; its text features are .*story.* name one as"
