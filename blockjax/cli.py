@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from absl import app, flags
 
+from blockjax.arguments import typed
 from blockjax.errors import UsageError, nearest
-from blockjax.train.config import ConfigDict, flatten, load_config, typed
+from blockjax.train.config import ConfigDict, flatten, load_config
 from blockjax.train.display import quiet
 
 NO_CONFIG = "No config: name a file with --config=configs/NAME.py."

@@ -7,7 +7,8 @@ Arguments: a size (125m), `muon` for Muon instead of AdamW, `runlocal` for a one
 Hardware:  one GPU or TPU, or many: set --config.mesh.fsdp and --config.mesh.tensor
 """
 
-from blockjax.train.config import base_config, parse_arg, runlocal
+from blockjax.arguments import parse_arg
+from blockjax.train.config import base_config, runlocal
 
 
 def get_config(arg=None):

@@ -9,7 +9,8 @@ Time:      about 7 minutes
 Score:     1.82 bits per byte on validation, context 512
 """
 
-from blockjax.train.config import base_config, parse_arg, runlocal
+from blockjax.arguments import parse_arg
+from blockjax.train.config import base_config, runlocal
 
 
 def get_config(arg=None):

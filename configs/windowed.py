@@ -7,7 +7,8 @@ Source:    the interleave of Gemma 2 and 3 (arXiv:2408.00118, arXiv:2503.19786),
            use one full layer in 2 and in 6
 """
 
-from blockjax.train.config import base_config, parse_arg, runlocal
+from blockjax.arguments import parse_arg
+from blockjax.train.config import base_config, runlocal
 
 
 def get_config(arg=None):

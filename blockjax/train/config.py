@@ -1,4 +1,4 @@
-"""Configs: defaults, argument strings, `runlocal`, checks, identity.
+"""Configs: defaults, `runlocal`, checks, identity.
 
 A config file defines `get_config(arg)` and starts from `base_config`. Its
 sections `model`, `data`, `optimizer` and the key `seed` are the *identity* of a
@@ -161,50 +161,6 @@ def load_config(spec: str) -> ConfigDict:
 def _where(error: BaseException, file: str) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
     return f" in line {lines[-1]}" if lines else ""
-
-
-def parse_arg(arg: str | None, **defaults):
-    """Reads an argument string such as `350m,runlocal,depth=3`.
-
-    Args:
-      arg: comma-separated `key=value`, or `key` for True; the first may be the
-        bare value of the first default.
-      **defaults: every key with its default, whose type the value takes.
-
-    Returns:
-      A `ConfigDict` of all keys.
-
-    Raises:
-      UsageError: an unknown key or a value of another type.
-    """
-    values = dict(defaults)
-    for i, part in enumerate(p.strip() for p in (arg or "").split(",") if p.strip()):
-        key, equals, value = part.partition("=")
-        if not equals and key not in defaults and i == 0:
-            key, value = next(iter(defaults)), part
-        elif not equals:
-            value = "True"
-        if key not in defaults:
-            raise UsageError(f"Unknown config argument {key!r}.{nearest(key, defaults)}")
-        values[key] = typed(f"Config argument {key}", value, defaults[key])
-    return ConfigDict(values)
-
-
-def typed(name: str, text: str, default: bool | int | float | str) -> bool | int | float | str:
-    """What `text` says, in the type of `default`.
-
-    Raises:
-      UsageError: it says nothing of that type.
-    """
-    kind = type(default)
-    try:
-        return (
-            {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            if kind is bool
-            else kind(text)
-        )
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"{name}={text} must be of type {kind.__name__}, such as {default}.") from error
 
 
 def runlocal(config: ConfigDict) -> ConfigDict:

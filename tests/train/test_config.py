@@ -8,10 +8,8 @@ from ml_collections import ConfigDict
 from blockjax.errors import UsageError
 from blockjax.models import PRESETS, TransformerConfig
 from blockjax.train import config as configs
-from blockjax.train.config import base_config, check, check_mesh, check_profile, flatten, parse_arg, runlocal
+from blockjax.train.config import base_config, check, check_mesh, check_profile, flatten, runlocal
 from blockjax.train.folder import check_identity
-
-DEFAULTS = dict(size="nano", depth=4, rate=0.5, runlocal=False)
 
 
 def refusal(function, *args, **kwargs) -> str:
@@ -30,41 +28,6 @@ def changed(**values) -> ConfigDict:
             place = place[section]
         place[key] = value
     return ConfigDict(config)
-
-
-@pytest.mark.parametrize(
-    ("arg", "values"),
-    [
-        (None, {}),
-        ("", {}),
-        ("350m", dict(size="350m")),
-        ("350m,runlocal,depth=3", dict(size="350m", runlocal=True, depth=3)),
-        ("depth=3, rate=1", dict(depth=3, rate=1.0)),
-        ("runlocal", dict(runlocal=True)),
-        ("runlocal=false", dict()),
-        ("rate=1e-3,size=7b", dict(rate=1e-3, size="7b")),
-    ],
-)
-def test_argument_strings_take_the_types_of_defaults(arg, values):
-    parsed = parse_arg(arg, **DEFAULTS).to_dict()
-    assert parsed == DEFAULTS | values
-    assert all(type(value) is type(DEFAULTS[key]) for key, value in parsed.items())
-
-
-@pytest.mark.parametrize(
-    ("arg", "words"),
-    [
-        ("nano,dept=3", ["'dept'", "'depth'"]),
-        ("nano,350m", ["'350m'", "depth", "runlocal"]),
-        ("depth=3.5", ["depth=3.5", "int", "4"]),
-        ("depth=", ["depth=", "int"]),
-        ("rate=fast", ["rate=fast", "float", "0.5"]),
-        ("runlocal=perhaps", ["runlocal=perhaps", "bool"]),
-    ],
-)
-def test_argument_strings_refused(arg, words):
-    message = refusal(parse_arg, arg, **DEFAULTS)
-    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("size", PRESETS)
