@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal as signals
 import socket
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell's background job ignores Ctrl-C and hands that down.
+            preexec_fn=lambda: signals.signal(signals.SIGINT, signals.SIG_DFL),
         )
         for i in range(processes)
     ]
