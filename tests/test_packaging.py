@@ -53,7 +53,7 @@ def python(code: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
 
 
 def test_every_import_is_declared():
-    lines = set.union(*(requirements(group) for group in ("install_requires", "cuda", "tpu", "gcs")))
+    lines = set.union(*(requirements(group) for group in ("install_requires", "cuda", "tpu", "gcs", "slurm")))
     declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
     found = {name: file for file in SOURCES if "tests" not in file.parts for name in imports(file)}
     missing = {
@@ -65,7 +65,7 @@ def test_every_import_is_declared():
     assert not missing
 
 
-@pytest.mark.parametrize("group", ["install_requires", "cuda", "tpu", "gcs", "dev"])
+@pytest.mark.parametrize("group", ["install_requires", "cuda", "tpu", "gcs", "slurm", "dev"])
 def test_requirements_are_ranges(group):
     listed = requirements(group)
     assert listed

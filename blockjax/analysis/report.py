@@ -5,20 +5,53 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
+from typing import NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
+import numpy as np
 from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
 
 from blockjax import data
-from blockjax.analysis.plots import plot_learning_rate, plot_loss, series
+from blockjax.analysis.plots import (
+    plot_depth_weights,
+    plot_learning_rate,
+    plot_locality,
+    plot_loss,
+    plot_token_weights,
+    series,
+)
 from blockjax.generate import Sampling
+from blockjax.parallel.mesh import partition_spec
+from blockjax.train.inspect import QUERIES, Findings, make_inspect_step
+from blockjax.train.loop import open_data
 from blockjax.train.metrics import read_metrics
 from blockjax.train.run import Run, generate_text
 
 SAMPLE_TOKENS = 200
 PROMPT_CHARACTERS = 40
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+MOST_MASKS = 4
+SHOWN_TOKENS = 96
+
+MASKS = "What each layer sees"
+NOTES = {
+    MASKS: "A block of queries and keys that is partial is computed and masked entry by entry, a full one is "
+    "computed without a mask, an empty one is skipped."
+}
+
+
+class Picture(NamedTuple):
+    """A figure and the words below it."""
+
+    figure: Figure
+    caption: str = ""
+
+
+Sections = dict[str, dict[str, Picture]]  # title -> file name -> picture
 
 
 def write(run: Run) -> epath.Path | None:
@@ -32,24 +65,83 @@ def write(run: Run) -> epath.Path | None:
     """
     asked = prompts(run)
     texts = generate_text(run, asked, SAMPLE_TOKENS, sampling=SAMPLING, seed=run.config.seed)
+    found, first = look(run) if run.config.run.inspect else (None, None)
     if jax.process_index() > 0:
         return None
     lines = read_metrics(run.folder.local / "metrics.jsonl")
     folder = run.folder.local / "report"
     folder.mkdir(exist_ok=True)
-    pictures = {"loss.png": plot_loss(lines), "learning_rate.png": plot_learning_rate(lines)}
-    masks = {}
-    for spec, layers in layer_groups(run):
-        name = f"mask_{str(spec).replace(' ', '_')}.png"
-        seq_len = run.config.data.seq_len
-        pictures[name] = spec.mask(seq_len, run.model.config.attention_block).plot()
-        masks[name] = f"{spec}: {layers}"
-    for name, figure in pictures.items():
-        figure.savefig(folder / name, dpi=130)
-        plt.close(figure)
-    (folder / "report.md").write_text(render(run, lines, masks, list(zip(asked, texts, strict=True))))
+    sections = {
+        "Loss": {"loss.png": Picture(plot_loss(lines))},
+        "Learning rate": {"learning_rate.png": Picture(plot_learning_rate(lines))},
+        MASKS: mask_pictures(run),
+    }
+    if found is not None:
+        sections |= inside_pictures(run, found, first)
+    for name, picture in itertools.chain(*(pictures.items() for pictures in sections.values())):
+        picture.figure.savefig(folder / name, dpi=130)
+        plt.close(picture.figure)
+    (folder / "report.md").write_text(render(run, lines, sections, list(zip(asked, texts, strict=True))))
     run.folder.sync()
     return run.folder.path / "report" / "report.md"
+
+
+def look(run: Run) -> tuple[Findings, np.ndarray]:
+    """What attention and depth attention do on the first validation batch, and its first tokens [T]."""
+    everywhere = NamedSharding(run.mesh, PartitionSpec())
+    with jax.set_mesh(run.mesh):
+        *_, evaluation = open_data(run.config, quiet=True)
+        batch = data.Loader(evaluation, NamedSharding(run.mesh, partition_spec(("batch", "time")))).batch(0)
+        graph, params = nnx.split(run.model)
+        inspect = jax.jit(make_inspect_step(graph), out_shardings=everywhere)
+        found = inspect(params, run.step, batch)
+        first = jax.jit(lambda tokens: tokens[0], out_shardings=everywhere)(batch["tokens"])
+    return jax.device_get(found), np.asarray(first)
+
+
+def mask_pictures(run: Run) -> dict[str, Picture]:
+    """The mask of each kind of layer; of `MOST_MASKS` from the first to the last if there are more."""
+    groups = layer_groups(run)
+    if len(groups) > MOST_MASKS:
+        groups = [groups[round(i)] for i in np.linspace(0, len(groups) - 1, MOST_MASKS)]
+    pictures = {}
+    for spec, layers in groups:
+        name = f"mask_{str(spec).replace(',', '').replace(' ', '_')}.png"
+        mask = spec.mask(run.config.data.seq_len, run.model.config.attention_block)
+        pictures[name] = Picture(mask.plot(), f"{spec}: {layers}")
+    return pictures
+
+
+def inside_pictures(run: Run, found: Findings, tokens: np.ndarray) -> Sections:
+    """Locality of every layer, and depth weights if the model has them."""
+    m = run.model.config
+    windows = [None if spec.full else spec.window for spec in m.layers()]
+    locality = Picture(
+        plot_locality(found.attention._asdict(), windows if any(windows) else None),
+        f"Attention of each layer on a validation batch, {QUERIES} sampled queries a sequence. "
+        f"Local keys: {m.nearest}.",
+    )
+    sections = {"Locality": {"locality.png": locality}}
+    if found.depth_weights is None:
+        return sections
+    residual, (readers, sources) = m.residual_rule, found.depth_weights.shape
+    sublayers = [f"{('attention', 'MLP')[s % 2]} {s // 2}" for s in range(residual.sublayers)]
+    blocks = sublayers if residual.size == 1 else [f"block {b}" for b in range(residual.blocks)]
+    labels = ["embedding", *blocks][:sources]
+    pictures = {
+        "depth_weights.png": Picture(
+            plot_depth_weights(found.depth_weights, labels, [*sublayers, "head"][:readers]),
+            f"What each sublayer reads of earlier outputs under `{m.residual}`, mean over a validation "
+            "batch. Blank: not there yet.",
+        )
+    }
+    if found.head_weights is not None:
+        text = [run.tokenizer.decode([int(i)]) for i in tokens[:SHOWN_TOKENS]]
+        pictures["head_weights.png"] = Picture(
+            plot_token_weights(found.head_weights[: len(text)], text, labels),
+            "What the output head reads at each token of a validation sequence.",
+        )
+    return sections | {"Depth attention": pictures}
 
 
 def prompts(run: Run) -> list[str]:
@@ -70,7 +162,7 @@ def layer_groups(run: Run) -> list[tuple]:
     return groups
 
 
-def render(run: Run, lines: list[dict], masks: dict[str, str], samples: list[tuple[str, str]]) -> str:
+def render(run: Run, lines: list[dict], sections: Sections, samples: list[tuple[str, str]]) -> str:
     """The text of `report.md`."""
     c, m = run.config, run.model.config
 
@@ -89,7 +181,8 @@ def render(run: Run, lines: list[dict], masks: dict[str, str], samples: list[tup
         f"MFU {usual('train/mfu_useful', '.1%')} useful, "
         f"{usual('train/mfu_executed', '.1%')} executed (medians)",
         "model": f"{m.num_params():,} parameters: {m.depth} layers, width {m.width}, "
-        f"{m.heads} heads of {m.head_dim}",
+        f"{m.heads} heads of {m.head_dim}"
+        + "".join(f", {text}" for text in (m.locality, m.residual) if text),
         "optimizer": f"{c.optimizer.name}, peak learning rate {c.optimizer.learning_rate:g}, "
         f"{c.optimizer.schedule}",
         "corpus": f"{record['corpus']['name']}, digest `{record['corpus']['digest'][:16]}`",
@@ -97,7 +190,12 @@ def render(run: Run, lines: list[dict], masks: dict[str, str], samples: list[tup
         "devices": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
     }
     table = "\n".join(f"| {key} | {text} |" for key, text in rows.items())
-    shown = "\n\n".join(f"![{text}]({name})\n\n{text}" for name, text in masks.items())
+    parts = []
+    for title, section in sections.items():
+        parts += [f"## {title}", NOTES.get(title, "")]
+        for name, picture in section.items():
+            parts += [f"![{picture.caption or title}]({name})", picture.caption]
+    pictures = "\n\n".join(filter(None, parts))
     texts = "\n\n".join(
         f"Prompt: {f'`` {prompt} ``' if prompt else 'start of a document'}\n\n````text\n{prompt}{text}\n````"
         for prompt, text in samples
@@ -108,20 +206,7 @@ def render(run: Run, lines: list[dict], masks: dict[str, str], samples: list[tup
 |---|---|
 {table}
 
-## Loss
-
-![loss](loss.png)
-
-## Learning rate
-
-![learning rate](learning_rate.png)
-
-## What each layer sees
-
-A block of queries and keys that is partial is computed and masked entry by entry, a full one is computed
-without a mask, an empty one is skipped.
-
-{shown}
+{pictures}
 
 ## Samples
 

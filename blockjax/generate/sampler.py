@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from flax import nnx
 
 from blockjax.errors import UsageError
 from blockjax.generate.cache import KVCache, cache_size
-from blockjax.models import LayerSpec, Transformer
+from blockjax.locality import SegmentState
+from blockjax.models import LayerSpec, Transformer, TransformerConfig
+from blockjax.models.layer_spec import unstack
 from blockjax.models.transformer import Block
 from blockjax.parallel.mesh import constrain
 
@@ -65,62 +68,81 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
+Layers = Sequence[tuple[Block, LayerSpec]]
+
+
+class Memory(NamedTuple):
+    """What decoding remembers: a cache a layer, and where segments are, if there are any."""
+
+    caches: list[KVCache]
+    segments: SegmentState | None
+
+
 def prefill(
-    model: Transformer, tokens: jax.Array, lengths: jax.Array, max_tokens: int
-) -> tuple[jax.Array, list[KVCache]]:
+    model: Transformer, layers: Layers, tokens: jax.Array, lengths: jax.Array, sizes: Sequence[int]
+) -> tuple[jax.Array, Memory]:
     """Runs padded prompts.
 
     Args:
+      layers: every layer with what it sees.
       tokens: [B, T] int32, padded on the right.
       lengths: [B] int32, at least 1.
-      max_tokens: longest sequence that the caches must serve.
+      sizes: slots of each layer's cache, see `cache_size`.
 
     Returns:
-      Logits [B, V] float32 after each prompt's last token, and a cache a layer.
+      Logits [B, V] float32 after each prompt's last token, and what to remember of the prompts.
     """
-    B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    segments = jnp.where(positions < lengths[:, None], 0, -1)
-    rope, x, caches = model.rope(positions), model.embed(tokens), []
-    for block, spec in model.layers():
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    documents = jnp.where(positions < lengths[:, None], 0, -1)
+    boundaries, segments, state, caches = model.config.local_rule.boundaries, None, None, []
+    if boundaries is not None:
+        segments, state = boundaries.prompt(tokens, lengths, model.embedding[...])
 
-        def attend(q, k, v, spec=spec):
-            caches.append(KVCache.from_prompt(k, v, lengths, cache_size(spec, max_tokens)))
-            return model.attend(spec.mask(T, model.config.attention_block), segments)(q, k, v)
+    def attends():
+        for (_, spec), size in zip(layers, sizes, strict=True):
+            inner = model.attend(spec, spec.ids(documents, segments))
 
-        x = block(x, rope, attend)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return model.logits(model.final_norm(last))[:, 0], caches
+            def attend(q, k, v, inner=inner, size=size):
+                caches.append(KVCache.from_prompt(k, v, lengths, segments, size))
+                return inner(q, k, v)
+
+            yield attend
+
+    hidden = model.run_layers(model.embed(tokens), model.rope(positions), layers, attends())
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return model.logits(last)[:, 0], Memory(caches, state)
 
 
 def decode(
-    model: Transformer,
-    layers: Sequence[tuple[Block, LayerSpec]],
-    tokens: jax.Array,
-    positions: jax.Array,
-    caches: list[KVCache],
-) -> tuple[jax.Array, list[KVCache]]:
+    model: Transformer, layers: Layers, tokens: jax.Array, positions: jax.Array, memory: Memory
+) -> tuple[jax.Array, Memory]:
     """Runs one token a sequence.
 
     Args:
-      layers: `list(model.layers())`, made once: cutting a layer out of the stack may copy its weights.
+      layers: as in `prefill`, made once: cutting a layer out of the stack may copy its weights.
       tokens, positions: [B] int32.
-      caches: one a layer.
+      memory: of the tokens so far.
 
     Returns:
-      Logits [B, V] float32 of the next token, and the caches with this one in them.
+      Logits [B, V] float32 of the next token, and the memory with this one in it.
     """
-    rope, x, new = model.rope(positions[:, None]), model.embed(tokens[:, None]), []
-    for (block, spec), cache in zip(layers, caches, strict=True):
+    config, caches = model.config, []
+    segments, state = None, memory.segments
+    if state is not None:
+        segments, state = config.local_rule.boundaries.step(state, tokens, model.embedding[...])
 
-        def attend(q, k, v, spec=spec, cache=cache):
-            new.append(cache.append(k, v, positions))
-            return new[-1].attend(
-                q, spec, positions, block=model.config.attention_block, soft_cap=model.config.soft_cap or None
-            )
+    def attends():
+        for (_, spec), cache in zip(layers, memory.caches, strict=True):
 
-        x = block(x, rope, attend)
-    return model.logits(model.final_norm(x))[:, 0], new
+            def attend(q, k, v, spec=spec, cache=cache):
+                caches.append(cache.append(k, v, positions, segments))
+                block, soft_cap = config.attention_block, config.soft_cap or None
+                return caches[-1].attend(q, spec, positions, block=block, soft_cap=soft_cap)
+
+            yield attend
+
+    hidden = model.run_layers(model.embed(tokens[:, None]), model.rope(positions[:, None]), layers, attends())
+    return model.logits(hidden)[:, 0], Memory(caches, state)
 
 
 def generate(
@@ -132,6 +154,8 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
     vocab_size: int | None = None,
+    locality: jax.Array | np.ndarray | float | None = None,
+    least_locality: float = 0.0,
 ) -> list[np.ndarray]:
     """Continues a batch of prompts of unequal length.
 
@@ -141,6 +165,9 @@ def generate(
       seed: of the draws.
       stop: id that ends a sequence; not part of the result.
       vocab_size: ids below this may be drawn; the model may have padded rows.
+      locality: of all layers, or [L], instead of the schedule of the config; another one does
+        not compile anew.
+      least_locality: `locality` is never below it. Caches hold what a layer of this locality sees.
 
     Returns:
       The new ids of each prompt.
@@ -163,38 +190,58 @@ def generate(
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
+    sizes = _cache_sizes(model.config, tokens.shape[1] + max_new_tokens, locality, least_locality)
     graph, params = nnx.split(model)
+    table = model.config.table(locality)
+    settings = Settings(graph, max_new_tokens, sampling, vocab_size, sizes)
     new = _generate(
-        graph,
-        params,
-        tokens,
-        lengths,
-        jax.random.key(seed),
-        max_new_tokens,
-        sampling,
-        vocab_size,
+        settings, params, tokens, lengths, jax.random.key(seed), None if locality is None else table
     )
     return [row[: _first(row, stop)] for row in np.asarray(new)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _generate(graph, params, tokens, lengths, key, count, sampling, vocab_size) -> jax.Array:
-    """New tokens [B, count]."""
-    model = nnx.merge(graph, params)
+class Settings(NamedTuple):
+    """What generation is compiled for."""
+
+    graph: nnx.GraphDef
+    count: int
+    sampling: Sampling
+    vocab_size: int
+    cache_sizes: tuple[int, ...]
+
+
+def _cache_sizes(config: TransformerConfig, max_tokens: int, locality, least: float) -> tuple[int, ...]:
+    widest = config.layers()
+    if locality is not None:
+        if not np.all(np.asarray(locality) >= least):
+            raise UsageError(
+                f"locality {np.min(locality):g} is below least_locality={least:g}, "
+                "for which the caches are made; lower least_locality."
+            )
+        widest = config.layers(least)
+    return tuple(cache_size(spec, max_tokens, config.local_rule.boundaries) for spec in widest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(settings: Settings, params, tokens, lengths, key, table: LayerSpec | None) -> jax.Array:
+    """New tokens [B, count]; `table` replaces the layer table of the config."""
+    model = nnx.merge(settings.graph, params)
     layers = list(model.layers())
-    logits, caches = prefill(model, tokens, lengths, tokens.shape[1] + count)
+    if table is not None:
+        layers = [(block, unstack(table, i)) for i, (block, _) in enumerate(layers)]
+    logits, memory = prefill(model, layers, tokens, lengths, settings.cache_sizes)
 
     def draw(logits: jax.Array, i: jax.Array) -> jax.Array:
-        return sample(logits[:, :vocab_size], jax.random.fold_in(key, i), sampling)
+        return sample(logits[:, : settings.vocab_size], jax.random.fold_in(key, i), settings.sampling)
 
     def step(carry, i):
-        token, caches = carry
-        logits, caches = decode(model, layers, token, lengths + i - 1, caches)
+        token, memory = carry
+        logits, memory = decode(model, layers, token, lengths + i - 1, memory)
         token = draw(logits, i)
-        return (token, caches), token
+        return (token, memory), token
 
     first = draw(logits, jnp.int32(0))
-    _, rest = jax.lax.scan(step, (first, caches), jnp.arange(1, count))
+    _, rest = jax.lax.scan(step, (first, memory), jnp.arange(1, settings.count))
     new = jnp.concatenate([first[None], rest]).T
     return constrain(new, (None, None))  # whole on every process
 

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Sequence
 
+import jax
+import numpy as np
+
+from blockjax.depth import Residual
 from blockjax.errors import UsageError, nearest
-from blockjax.masks import BlockMask
+from blockjax.locality import Locality
+from blockjax.masks.predicates import array_module
+from blockjax.models.layer_spec import LayerSpec, unstack
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """One row of the layer table: what differs from layer to layer.
-
-    Attributes:
-      window: tokens that a query sees, itself included; None sees all earlier tokens.
-    """
-
-    window: int | None = None
-
-    def mask(self, tokens: int, block: int) -> BlockMask:
-        """What this layer sees of a sequence, as blocks of at most `block` tokens a side."""
-        size = min(block, tokens)
-        if self.window is None or self.window >= tokens:
-            return BlockMask.causal(tokens, bq=size, bk=size)
-        return BlockMask.window(tokens, left=self.window, bq=size, bk=size)
-
-    def __str__(self) -> str:
-        return "full causal" if self.window is None else f"window {self.window}"
+DTYPES = ("float32", "bfloat16", "float64")  # the last to compare with oracles
+STACKS = ("scan", "bucket", "unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +34,14 @@ class TransformerConfig:
       pattern: one period of the layer table, repeated and cut to `depth`:
         comma-separated `full` or a window in tokens, each with an optional
         count, for example `512*3,full`.
+      locality: instead of windows in `pattern`, a schedule of locality over
+        depth such as `beta:5` or `beta:5,mode=segment`; see `locality.Locality`.
+      residual: how layers read what earlier ones wrote, such as `prenorm` or
+        `block_attn_res:size=8`; see `depth.Residual`.
+      stack: `scan` compiles one layer for all, `bucket` one for each run of
+        equal rows of the layer table, `unroll` each on its own.
+      context: tokens of the longest sequence it is meant for; the widest
+        window of a locality.
       tied: the output head is the embedding.
       qk_norm: RMSNorm over H on queries and keys before RoPE.
       soft_cap: c of c * tanh(logit / c) on attention logits; 0 turns it off.
@@ -62,6 +60,10 @@ class TransformerConfig:
     head_dim: int
     ffn: int
     pattern: str = "full"
+    locality: str = ""
+    residual: str = "prenorm"
+    stack: str = "scan"
+    context: int = 2048
     tied: bool = False
     qk_norm: bool = True
     soft_cap: float = 0.0
@@ -81,6 +83,7 @@ class TransformerConfig:
             "head_dim",
             "ffn",
             "attention_block",
+            "context",
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"model.{name}={getattr(self, name)} must be at least 1.")
@@ -93,19 +96,72 @@ class TransformerConfig:
             raise UsageError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs of features.")
         if not 0 <= self.soft_cap < math.inf:
             raise UsageError(f"model.soft_cap={self.soft_cap} must be a number >= 0; 0 turns it off.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UsageError(f"model.dtype={self.dtype!r} must be 'float32' or 'bfloat16'.")
-        parse_pattern(self.pattern)
+        for name, choices in (("dtype", DTYPES), ("stack", STACKS)):
+            if getattr(self, name) not in choices:
+                raise UsageError(
+                    f"model.{name}={getattr(self, name)!r} must be {' or '.join(map(repr, choices))}."
+                )
+        windows = [spec for spec in parse_pattern(self.pattern) if not spec.full]
+        if self.locality and windows:
+            raise UsageError(
+                f"model.pattern={self.pattern!r} and model.locality={self.locality!r} both set windows; "
+                "keep one: pattern='full' or locality=''."
+            )
+        self.local_rule.table(self.depth)
+        _ = self.residual_rule
 
     @property
     def period(self) -> tuple[LayerSpec, ...]:
         """The layers of one period; what a scan step runs."""
         return parse_pattern(self.pattern)[: self.depth]
 
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """The layer table, one row per layer."""
-        period = self.period
-        return tuple(period[i % len(period)] for i in range(self.depth))
+    @functools.cached_property
+    def local_rule(self) -> Locality:
+        """The schedule and mode of `locality`."""
+        return Locality.parse(self.locality, self.context)
+
+    @functools.cached_property
+    def residual_rule(self) -> Residual:
+        """The rule of `residual` for this depth."""
+        return Residual.parse(self.residual, 2 * self.depth)
+
+    def table(self, locality: jax.Array | np.ndarray | float | None = None) -> LayerSpec | None:
+        """The layer table with arrays [L] as columns; None where `pattern` sets it.
+
+        Args:
+          locality: of every layer or of all, possibly traced; defaults to the schedule's.
+
+        Raises:
+          UsageError: a locality for a model without one, or for another number of layers.
+        """
+        if not self.locality:
+            if locality is None:
+                return None
+            raise UsageError(
+                "The model has no locality to move; give it one, such as model.locality='constant:0'."
+            )
+        if locality is None:
+            locality = self.local_rule.table(self.depth)
+        elif np.shape(locality) not in ((), (self.depth,)):
+            raise UsageError(
+                f"locality of shape {np.shape(locality)} must be one number or [{self.depth}], one a layer."
+            )
+        xp = array_module(locality)
+        return LayerSpec(**self.local_rule.columns(xp.broadcast_to(xp.asarray(locality), (self.depth,))))
+
+    @property
+    def nearest(self) -> LayerSpec:
+        """What a layer of locality 1 sees; under a bias, the window within which it is small."""
+        if self.local_rule.mode == "bias":
+            return LayerSpec(window=self.local_rule.smallest)
+        return LayerSpec(**{name: int(x) for name, x in self.local_rule.columns(1.0).items()})
+
+    def layers(self, locality: Sequence[float] | float | None = None) -> tuple[LayerSpec, ...]:
+        """The layer table, one row per layer, in numbers; `locality` as in `table`."""
+        table, period = self.table(locality), self.period
+        if table is None:
+            return tuple(period[i % len(period)] for i in range(self.depth))
+        return tuple(unstack(table, i) for i in range(self.depth))
 
     def num_params(self, *, embedding: bool = True) -> int:
         """Number of parameters; without the input embedding if it is not the head too."""
@@ -113,7 +169,7 @@ class TransformerConfig:
         gains = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
         layers = self.depth * (attention + 3 * self.width * self.ffn + gains)
         tables = self.vocab_size * self.width * (1 if self.tied or not embedding else 2)
-        return layers + tables + self.width
+        return layers + tables + self.width + self.residual_rule.num_params(self.width)
 
 
 def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:

@@ -1,10 +1,11 @@
 """The decoder.
 
-Read from the bottom: `Transformer` embeds tokens, runs the layer table through
-one scan whose step is a period of it, and projects to logits. A `Block` is a
-pre-norm attention and a pre-norm SwiGLU. What attention *sees* is not decided
-here but by the `attend` callable that each block is handed, so training,
-prefill, cached decoding and sequence parallelism run the same layers.
+Read from the bottom: `Transformer` embeds tokens, sends the residual stream
+through its layers (`stages.py`) and projects to logits. A `Block` is a pre-norm
+attention and a pre-norm SwiGLU. What they read of earlier outputs the stream
+decides (`blockjax.depth`), and what attention *sees* the `attend` callable that
+each block is handed, so training, prefill, cached decoding and sequence
+parallelism run the same layers.
 
 Shapes: B batch, T tokens, L layers, M width, N query heads, K key/value heads,
 H head dim, F inner width, V vocabulary.
@@ -12,20 +13,27 @@ H head dim, F inner width, V vocabulary.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from blockjax.depth import DepthQueries, Stream
+from blockjax.depth.stream import weight_table
 from blockjax.errors import UsageError, nearest
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
-from blockjax.masks import BlockMask
-from blockjax.models.config import LayerSpec, TransformerConfig
+from blockjax.models import stages
+from blockjax.models.config import TransformerConfig
+from blockjax.models.layer_spec import LayerSpec
 from blockjax.parallel.mesh import constrain, per_device
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
+Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
+Probe = Callable[[jax.Array, jax.Array, LayerSpec, jax.Array | None], Any]
 
 # What the backward of a period keeps: everything, the inputs, or also the
 # results of matmuls with weights (those without batch dimensions).
@@ -57,7 +65,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.gain[...]).astype(x.dtype)
 
@@ -72,7 +80,7 @@ def rope_table(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Ar
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns feature i with feature i + H/2 of x [B, T, N, H]."""
     cos, sin = table
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
@@ -121,7 +129,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: x += attention(norm(x)); x += mlp(norm(x))."""
+    """One layer: two sublayers, attention and MLP, each behind a norm."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
@@ -129,10 +137,24 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), rope, attend)
-        x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, ("batch", "time", None))
+    def sublayers(self, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[Sublayer, Sublayer]:
+        """What the layer adds to the residual stream, as functions of what it reads from it."""
+        return (
+            lambda h: self.attention(self.attention_norm(h), rope, attend),
+            lambda h: self.mlp(self.mlp_norm(h)),
+        )
+
+
+class Inspection(NamedTuple):
+    """What `Transformer.inspect` saw.
+
+    Attributes:
+      probes: what the probe returned, each leaf with the layers, [L, ...], in front; None without one.
+      depth_weights: [readers, sources, B, T] float32, see `depth.stream.weight_table`; None under `prenorm`.
+    """
+
+    probes: Any
+    depth_weights: jax.Array | None
 
 
 def _blocks(config: TransformerConfig, count: int, rngs: nnx.Rngs) -> nnx.Dict:
@@ -163,6 +185,8 @@ class Transformer(nnx.Module):
 
         self.periods = stacked(rngs)
         self.tail = _blocks(config, rest, rngs)
+        residual = config.residual_rule
+        self.depth = DepthQueries(residual, config.width) if residual.readers else None
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         head = dict(model=config.width, vocab=config.vocab_size)
         self.head = None if config.tied else weight(rngs, head, fan_in=config.width)
@@ -174,57 +198,140 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
 
     def hidden(
-        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        locality: jax.Array | float | None = None,
     ) -> jax.Array:
         """What the output head reads.
 
         Args:
           tokens: [B, T] int32.
-          positions: [B, T] int32 for RoPE; defaults to 0..T-1.
-          segment_ids: [B, T] int32; a token sees its own segment only, a
+          positions: [B, T] int32, offset in the document, for RoPE and segments; defaults to 0..T-1.
+          segment_ids: [B, T] int32 of documents; a token sees its own only, a
             negative id marks padding.
+          locality: of all layers, or [L]; may be traced. Defaults to the schedule of the config.
 
         Returns:
           [B, T, M] in `config.dtype`.
         """
-        T = tokens.shape[1]
+        return self._forward(tokens, positions, segment_ids, locality)[0]
+
+    def inspect(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        locality: jax.Array | float | None = None,
+        probe: Probe | None = None,
+    ) -> Inspection:
+        """Looks at what happens inside; arguments as in `hidden`.
+
+        Args:
+          probe: called in each layer as `probe(q, k, spec, ids)`: queries and keys after RoPE, the row
+            of the layer table, and its segment ids ([B, T] int32 or None). Returns arrays.
+        """
+        return self._forward(tokens, positions, segment_ids, locality, probe, record=True)[1]
+
+    def _forward(self, tokens, positions, segment_ids, locality, probe=None, record=False):
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-        rope = self.rope(positions)
-        attends = [
-            self.attend(spec.mask(T, self.config.attention_block), segment_ids) for spec in self.config.period
-        ]
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segments = self.segments(tokens, positions)
 
-        def period(graph: nnx.GraphDef, x: jax.Array, params) -> tuple[jax.Array, None]:
-            blocks = nnx.merge(graph, params)
-            for i in range(len(blocks)):
-                x = blocks[f"slot_{i}"](x, rope, attends[i])
-            return x, None
+        def attend(spec: LayerSpec, seen: list) -> Attend:
+            ids = spec.ids(segment_ids, segments)
 
-        remat = REMAT[self.config.remat]
-        graph, stacked = nnx.split(self.periods)
-        x, _ = jax.lax.scan(remat(functools.partial(period, graph)), self.embed(tokens), stacked)
-        graph, tail = nnx.split(self.tail)
-        x, _ = remat(functools.partial(period, graph))(x, tail)
-        return self.final_norm(x)
+            def call(q, k, v):
+                if probe is not None:
+                    seen.append(probe(q, k, spec, ids))
+                return self.attend(spec, ids)(q, k, v)
 
-    def attend(self, mask: BlockMask, segment_ids: jax.Array | None) -> Attend:
-        """Attention of whole sequences; every device has all tokens of its sequences and heads."""
+            return call
 
-        def attend(q, k, v, segment_ids):
+        stream = self.stream(self.embed(tokens), record=record)
+        # There is no backward to an inspection.
+        remat = REMAT["none" if record else self.config.remat]
+        seen = stages.run(self, stream, self.rope(positions), attend, self.config.table(locality), remat)
+        hidden = self.final_norm(stream.output())
+        if not record:
+            return hidden, None
+        probes = None if probe is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
+        weights = weight_table(stream.weights, stream.residual) if stream.weights else None
+        return hidden, Inspection(probes, weights)
+
+    def run_layers(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        layers: Sequence[tuple[Block, LayerSpec]],
+        attends: Iterable[Attend],
+    ) -> jax.Array:
+        """Sends x [B, T, M] through `layers`, one after the other, each with its own attention.
+
+        Returns:
+          What the output head reads, [B, T, M].
+        """
+        stream = self.stream(x)
+        for i, ((block, _), attend) in enumerate(zip(layers, attends, strict=True)):
+            stages.run_layer(stream, i, block.sublayers(rope, attend))
+        return self.final_norm(stream.output())
+
+    def stream(self, x: jax.Array, record: bool = False) -> Stream:
+        """The residual stream that starts with the embedding x [B, T, M]."""
+        return Stream(self.config.residual_rule, self.depth, x, eps=self.config.norm_eps, record=record)
+
+    def attend(self, spec: LayerSpec, ids: jax.Array | None) -> Attend:
+        """Attention of whole sequences; every device has all tokens of its sequences and heads.
+
+        Args:
+          spec: what the layer sees.
+          ids: [B, T] int32 from `spec.ids`, or None.
+        """
+
+        def attend(q, k, v, ids):
             return block_sparse_attention(
                 q,
                 k,
                 v,
-                mask,
+                spec.mask(q.shape[1], self.config.attention_block),
                 soft_cap=self.config.soft_cap or None,
-                q_segment_ids=segment_ids,
-                kv_segment_ids=segment_ids,
+                q_segment_ids=ids,
+                kv_segment_ids=ids,
+                bias=spec.bias(q.shape[2]),
             )
 
         q, kv = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
         local = per_device(attend, (q, kv, kv, ("batch", None)), q)
-        return lambda q, k, v: local(q, k, v, segment_ids)
+        return lambda q, k, v: local(q, k, v, ids)
+
+    def segments(self, tokens: jax.Array, positions: jax.Array) -> jax.Array | None:
+        """Index of each token's segment in its document, [B, T] int32; None without segments."""
+        boundaries = self.config.local_rule.boundaries
+        return None if boundaries is None else boundaries.segments(tokens, positions, self.embedding[...])
+
+    def visible_pairs(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        locality: jax.Array | float | None = None,
+    ) -> jax.Array:
+        """Pairs of a query and a key that it sees, summed over layers and tokens; float32.
+
+        Arguments as in `hidden`.
+        """
+        segments, table = self.segments(tokens, positions), self.config.table(locality)
+
+        def pairs(spec: LayerSpec) -> jax.Array:
+            seen = spec.keys_seen(positions, spec.ids(segment_ids, segments))
+            return jnp.sum(seen.astype(jnp.float32))
+
+        if table is not None:
+            return jnp.sum(jax.lax.map(pairs, jax.tree.map(jnp.asarray, table)))
+        return sum(n * pairs(spec) for spec, n in collections.Counter(self.config.layers()).items())
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, M] of unit variance, in `config.dtype`."""
@@ -242,9 +349,10 @@ class Transformer(nnx.Module):
         return self.embedding[...].T if self.head is None else self.head[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, T, M] -> [B, T, V] float32."""
+        """[B, T, M] -> [B, T, V] float32; float64 stays float64."""
         w = self.head_weight().astype(hidden.dtype)
-        return jnp.einsum("BTM,MV->BTV", hidden, w, preferred_element_type=jnp.float32)
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum("BTM,MV->BTV", hidden, w, preferred_element_type=wide)
 
     def layers(self) -> Iterator[tuple[Block, LayerSpec]]:
         """Every layer in order with its row of the table, unstacked; for decoding and inspection."""

@@ -24,6 +24,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ffn", ("tensor",)),
     ("model", ("fsdp",)),
     ("layers", ()),
+    ("reader", ()),
     ("head_dim", ()),
     ("gain", ()),
 )

@@ -1,4 +1,4 @@
-"""Configs: defaults, `runlocal`, checks, identity.
+"""Configs: defaults, `small` and `runlocal`, checks, identity.
 
 A config file defines `get_config(arg)` and starts from `base_config`. Its
 sections `model`, `data`, `optimizer` and the key `seed` are the *identity* of a
@@ -53,6 +53,7 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "optimizer.z_loss",
+    "optimizer.locality_warmup",
     "run.eval_every",
     "run.checkpoint_every",
     "run.prefetch",
@@ -72,7 +73,8 @@ RANGES = (
 def base_config(size: str = "nano") -> ConfigDict:
     """All keys with their defaults, and a model of a size from `models.PRESETS`."""
     fields = dataclasses.asdict(preset(size))
-    del fields["vocab_size"], fields["remat"]  # set by the tokenizer, and by `run.remat`
+    # Set by the tokenizer, `run.remat` and `data.seq_len`.
+    del fields["vocab_size"], fields["remat"], fields["context"]
     return ConfigDict(
         dict(
             seed=0,  # of parameters and of the order of data
@@ -100,6 +102,7 @@ def base_config(size: str = "nano") -> ConfigDict:
                 weight_decay=0.1,  # of matrices
                 clip_norm=1.0,  # of all gradients together; 0: off
                 z_loss=0.0,  # weight of log(Z)^2 in the loss; 0: off
+                locality_warmup=0,  # steps over which model.locality rises from 0; 0: it is there at once
             ),
             mesh=dict(  # devices along each axis; one may be -1: all that are left
                 data=-1,  # sequences
@@ -114,6 +117,7 @@ def base_config(size: str = "nano") -> ConfigDict:
                 log_every=10,  # steps
                 eval_every=200,  # steps; 0: only at the end
                 eval_sequences=64,  # of the validation split
+                inspect=True,  # at evaluations, measure attention and depth weights of each layer too
                 checkpoint_every=200,  # steps; 0: only at the end
                 keep_checkpoints=2,  # the newest
                 prefetch=4,  # batches
@@ -150,7 +154,7 @@ def load_config(spec: str) -> ConfigDict:
     except SyntaxError as error:
         raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{name} fails{_where(error, name)}: {type(error).__name__}: {error}.") from error
+        raise UsageError(f"{name} fails{where(error, name)}: {type(error).__name__}: {error}.") from error
     if get_config is None:
         raise UsageError(f"{name} has no function get_config(arg) that returns a ConfigDict.")
     if not isinstance(config, ConfigDict):
@@ -158,9 +162,22 @@ def load_config(spec: str) -> ConfigDict:
     return config
 
 
-def _where(error: BaseException, file: str) -> str:
+def where(error: BaseException, file: str) -> str:
+    """` in line N` of the file in which an error arose; nothing if it arose elsewhere."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
     return f" in line {lines[-1]}" if lines else ""
+
+
+def small(config: ConfigDict) -> ConfigDict:
+    """Sets everything but the model's sizes for bytes of text and minutes on two CPU cores; in place."""
+    config.model.update(attention_block=64, dtype="float32")
+    config.data.update(seq_len=512, batch_size=16)
+    # Few steps: a high rate, little momentum, and most of the run spent in the decay.
+    config.optimizer.update(name="muon", learning_rate=0.04, adam_learning_rate=0.01, momentum=0.9)
+    config.optimizer.update(schedule="stable_decay", decay_fraction=0.7, final_scale=0.0, z_loss=0.0)
+    config.optimizer.update(warmup_steps=20, weight_decay=0.0)
+    config.run.update(steps=240, remat="none", eval_every=60, eval_sequences=128, checkpoint_every=60)
+    return config
 
 
 def runlocal(config: ConfigDict) -> ConfigDict:
@@ -180,7 +197,7 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
     """Checks keys, types, names and numbers before anything is prepared or compiled.
 
     Returns:
-      The model config with `vocab_size` and `run.remat` filled in.
+      The model config with `vocab_size`, `run.remat` and `data.seq_len` filled in.
 
     Raises:
       UsageError: an unknown or missing key, a value of another type, an unknown name, or numbers that
@@ -208,7 +225,16 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
             f"run.accumulate={config.run.accumulate} microbatches; make one a multiple of the other."
         )
     make_schedule(config.optimizer, config.run.steps)
-    return TransformerConfig(**config.model, vocab_size=vocab_size, remat=config.run.remat)
+    model = TransformerConfig(
+        **config.model, vocab_size=vocab_size, remat=config.run.remat, context=config.data.seq_len
+    )
+    warmup = config.optimizer.locality_warmup
+    if warmup and (not model.locality or model.stack == "bucket"):
+        raise UsageError(
+            f"optimizer.locality_warmup={warmup} moves model.locality={model.locality!r} during training, "
+            "which needs a locality, such as 'beta:5', and model.stack='scan' or 'unroll'."
+        )
+    return model
 
 
 def check_mesh(config: ConfigDict, mesh) -> None:

@@ -6,8 +6,9 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from blockjax.models import TransformerConfig
+from blockjax.models import LayerSpec, TransformerConfig
 from blockjax.parallel.mesh import make_mesh
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets.
@@ -33,19 +34,25 @@ class FlopCounter:
     """
 
     def __init__(self, config: TransformerConfig, seq_len: int):
+        self._config, self._seq_len = config, seq_len
         self._per_token = 6.0 * config.num_params(embedding=False)
         self._per_pair = 3.5 * 4 * config.heads * config.head_dim
-        masks = {spec: spec.mask(seq_len, config.attention_block) for spec in set(config.layers())}
-        pairs = sum(int(masks[spec].executed_pairs()) for spec in config.layers())
-        self._executed_per_token = self._per_token + self._per_pair * pairs / seq_len
+        self._layers: tuple[LayerSpec, ...] = ()
 
     def useful(self, tokens: int, visible_pairs: float) -> float:
         """FLOPs that the model asks for, given the visible pairs of all layers."""
         return self._per_token * tokens + self._per_pair * visible_pairs
 
-    def executed(self, tokens: int) -> float:
-        """FLOPs of the tiles that are computed."""
-        return self._executed_per_token * tokens
+    def executed(self, tokens: int, locality: np.ndarray | None = None) -> float:
+        """FLOPs of the tiles that are computed; `locality` [L] if it is not the config's."""
+        pairs = self._executed_pairs(self._config.layers(locality))
+        return (self._per_token + self._per_pair * pairs / self._seq_len) * tokens
+
+    def _executed_pairs(self, layers: tuple[LayerSpec, ...]) -> int:
+        if layers != self._layers:
+            masks = {spec: spec.mask(self._seq_len, self._config.attention_block) for spec in set(layers)}
+            self._layers, self._pairs = layers, sum(int(masks[spec].executed_pairs()) for spec in layers)
+        return self._pairs
 
 
 def peak_flops() -> tuple[float, str]:

@@ -113,12 +113,12 @@ def check_identity(record: dict, new: dict, path) -> None:
         changes = "; ".join(f"{k} was {old.get(k)!r}, is {now.get(k)!r}" for k in differs)
         raise UsageError(
             f"Run folder {path} belongs to another run: {changes}. "
-            "Use another --run, or the old values to continue it."
+            "Use another folder, or the old values to continue it."
         )
     for part in ("tokenizer", "corpus"):
         if record[part] != new[part]:
             was, is_now = (", ".join(f"{k} {str(v)[:12]}" for k, v in r[part].items()) for r in (record, new))
             raise UsageError(
                 f"Run folder {path} was trained with another {part}: it was {was}; it is {is_now}. "
-                "Use another --run, or bring the old one back."
+                "Use another folder, or bring the old one back."
             )

@@ -13,6 +13,7 @@ from blockjax.train.flops import FlopCounter, peak_flops
 from blockjax.train.folder import RunFolder
 from blockjax.train.metrics import MetricsLog
 from blockjax.train.optimizer import make_schedule
+from blockjax.train.step import make_dial
 
 SYNC_SECONDS = 30.0  # a bucket takes one write a second to an object, and each is a whole copy
 
@@ -36,6 +37,7 @@ class StepLog:
         self._flops = FlopCounter(model_config, config.data.seq_len)
         self._peak, self._peak_source = peak_flops()
         self._schedule = make_schedule(config.optimizer, config.run.steps)
+        self._dial = make_dial(model_config, config.optimizer.locality_warmup)
         self._files = None
         if jax.process_index() == 0:
             self._files = MetricsLog(folder.local, start, tensorboard=config.run.tensorboard)
@@ -79,7 +81,7 @@ class StepLog:
             speed = {
                 "tokens_per_second": tokens / seconds,
                 "mfu_useful": self._flops.useful(tokens, pairs) / seconds / self._peak,
-                "mfu_executed": self._flops.executed(tokens) / seconds / self._peak,
+                "mfu_executed": self._flops.executed(tokens, self._dial(at - 1)) / seconds / self._peak,
                 "learning_rate": c.optimizer.learning_rate * float(self._schedule(at - 1)),
             }
             values |= speed

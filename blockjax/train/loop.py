@@ -27,10 +27,11 @@ from blockjax.train.checkpoint import Checkpoints
 from blockjax.train.config import ConfigDict, due
 from blockjax.train.display import Display
 from blockjax.train.folder import RunFolder
+from blockjax.train.inspect import make_inspect_step, scalars
 from blockjax.train.log import StepLog
 from blockjax.train.run import Run, claim, padded_vocab
 from blockjax.train.state import StatePlan, TrainState, plan_state
-from blockjax.train.step import BATCH_KEYS, make_eval_step, make_train_step
+from blockjax.train.step import BATCH_KEYS, make_dial, make_eval_step, make_train_step
 
 
 def train(
@@ -68,7 +69,9 @@ def train(
         run_step = (
             compile_step(plan, placement, model_config, config, display) if start < config.run.steps else None
         )
-        run_eval = jax.jit(make_eval_step(plan.graph), out_shardings=NamedSharding(mesh, P()))
+        dial, everywhere = make_dial(model_config, config.optimizer.locality_warmup), NamedSharding(mesh, P())
+        run_eval = jax.jit(make_eval_step(plan.graph, dial), out_shardings=everywhere)
+        run_inspect = jax.jit(make_inspect_step(plan.graph, dial), out_shardings=everywhere)
 
         with StepLog(folder, config, model_config, display, start) as log:
             for step, batch in enumerate(batches, start + 1):
@@ -78,7 +81,11 @@ def train(
                 last = step == config.run.steps
                 if last or due(step, config.run.eval_every):
                     fixed = data.Loader(evaluation, placement, stop=len(evaluation))
-                    log.evaluation(step, evaluate(run_eval, state, fixed))
+                    values = evaluate(run_eval, state, fixed)
+                    if config.run.inspect:
+                        found = run_inspect(state.params, state.step, fixed.batch(0))
+                        values |= scalars(jax.device_get(found), model_config.residual_rule)
+                    log.evaluation(step, values)
                 if last or due(step, config.run.checkpoint_every):
                     log.flush()  # a run that goes on from here does not write these metrics again
                     checkpoints.save(step, state)
@@ -110,9 +117,9 @@ def compile_step(
     step = make_train_step(
         plan.graph,
         plan.optimizer,
-        layers=model_config.layers(),
         z_loss=config.optimizer.z_loss,
         accumulate=config.run.accumulate,
+        dial=make_dial(model_config, config.optimizer.locality_warmup),
     )
     shape = (config.data.batch_size, config.data.seq_len)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for key in BATCH_KEYS}
@@ -126,7 +133,7 @@ def compile_step(
 
 def evaluate(run_eval, state: TrainState, batches: Iterator) -> dict[str, float]:
     """Bits per byte, nats per token and perplexity on fixed validation sequences."""
-    sums = [jax.device_get(run_eval(state.params, batch)) for batch in batches]
+    sums = [jax.device_get(run_eval(state.params, state.step, batch)) for batch in batches]
     nats, tokens, num_bytes = (float(sum(s[key] for s in sums)) for key in ("nats", "tokens", "bytes"))
     loss = nats / tokens
     return {
@@ -158,11 +165,13 @@ def describe(
     """What runs on what, for the first lines on the screen."""
     c, m = config.data, model_config
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
-    windows = ", ".join(dict.fromkeys(str(spec) for spec in m.layers()))
+    kinds = list(dict.fromkeys(str(spec) for spec in m.layers()))
+    sees = ", ".join(kinds) if len(kinds) <= 4 else f"{kinds[0]} to {kinds[-1]}"
     devices = f"{mesh.size} x {jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     return (
         f"jax {jax.__version__} on {devices}.\n"
-        f"Model: {m.num_params():,} parameters, {m.depth} layers of width {m.width}, {windows}, {m.dtype}.\n"
+        f"Model: {m.num_params():,} parameters, {m.depth} layers of width {m.width}, "
+        f"{sees}, {m.residual}, {m.dtype}.\n"
         f"Data: {corpus.name} ({corpus.digest[:12]}), tokenizer {tokenizer.name}, "
         f"{c.batch_size} {c.order} sequences of {c.seq_len} tokens a step."
     )

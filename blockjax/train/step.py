@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from blockjax.models import LayerSpec
+from blockjax.masks.predicates import array_module
+from blockjax.models import TransformerConfig
 from blockjax.train.loss import LossSums, cross_entropy
 from blockjax.train.state import TrainState
 
@@ -20,31 +21,36 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def loss_sums(graph: nnx.GraphDef, params, batch: Batch) -> LossSums:
-    """Cross-entropy sums of a batch with at least `BATCH_KEYS`."""
+Dial = Callable[[jax.Array | int], jax.Array | np.ndarray | None]  # step -> locality [L], None: the config's
+
+
+def make_dial(config: TransformerConfig, warmup: int) -> Dial:
+    """The locality of the layers at each step: rising from 0 to the schedule's over `warmup` steps."""
+    if not config.locality or not warmup:
+        return lambda step: None
+    table = config.local_rule.table(config.depth)
+    return lambda step: table * array_module(step).clip(step / warmup, 0.0, 1.0)
+
+
+def loss_sums(graph: nnx.GraphDef, params, batch: Batch, locality=None) -> LossSums:
+    """Cross-entropy sums of a batch with at least `BATCH_KEYS`; `locality` as in `Transformer.hidden`."""
     model = nnx.merge(graph, params)
-    hidden = model.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    hidden = model.hidden(batch["tokens"], **context(batch), locality=locality)
     return cross_entropy(hidden, model.head_weight(), batch["targets"])
 
 
-def visible_pairs(layers: Sequence[LayerSpec], positions: jax.Array) -> jax.Array:
-    """Pairs of a query and a key that it sees, summed over layers and tokens; float32.
-
-    Args:
-      positions: [B, T] int32, offset of each token in its document.
-    """
-    counts = collections.Counter(spec.window for spec in layers)
-    sees = lambda window: positions + 1 if window is None else jnp.minimum(positions + 1, window)  # noqa: E731
-    return sum(n * jnp.sum(sees(window).astype(jnp.float32)) for window, n in counts.items())
+def context(batch: Batch) -> dict[str, jax.Array]:
+    """What a model is told of a batch beside its tokens."""
+    return {key: batch[key] for key in ("positions", "segment_ids")}
 
 
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     *,
-    layers: Sequence[LayerSpec],
     z_loss: float = 0.0,
     accumulate: int = 1,
+    dial: Dial = lambda step: None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`(state, batch) -> (state, metrics)`.
 
@@ -54,22 +60,25 @@ def make_train_step(
     numbers of targets weigh as they do in one batch.
     """
 
-    def objective(params, batch: Batch) -> tuple[jax.Array, LossSums]:
-        sums = loss_sums(graph, params, batch)
+    def objective(params, batch: Batch, locality) -> tuple[jax.Array, LossSums]:
+        sums = loss_sums(graph, params, batch, locality)
         return sums.nats + z_loss * sums.squared_lse, sums
 
     gradient = jax.grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        locality = dial(state.step)
         if accumulate == 1:
-            grads, sums = gradient(state.params, batch)
+            grads, sums = gradient(state.params, batch, locality)
         else:
             # Microbatch i takes every accumulate-th row, which are spread over all devices.
             rows = lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
-            add = lambda carry, part: (jax.tree.map(jnp.add, carry, gradient(state.params, part)), None)  # noqa: E731
-            zero = jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, state.params, batch)
-            )
+
+            def add(carry, part):
+                return jax.tree.map(jnp.add, carry, gradient(state.params, part, locality)), None
+
+            shapes = jax.eval_shape(gradient, state.params, batch, locality)
+            zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zero, jax.tree.map(rows, batch))
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
@@ -80,18 +89,22 @@ def make_train_step(
             "z_loss": z_loss * sums.squared_lse / tokens,
             "grad_norm": optax.tree.norm(grads),
             "target_tokens": sums.tokens,
-            "visible_pairs": visible_pairs(layers, batch["positions"]),
+            "visible_pairs": nnx.merge(graph, state.params).visible_pairs(
+                batch["tokens"], **context(batch), locality=locality
+            ),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
 
 
-def make_eval_step(graph: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
-    """`(params, batch) -> {nats, tokens, bytes}`, sums over the targets of the batch."""
+def make_eval_step(
+    graph: nnx.GraphDef, dial: Dial = lambda step: None
+) -> Callable[[Any, jax.Array, Batch], Metrics]:
+    """`(params, step, batch) -> {nats, tokens, bytes}`, sums over the targets of the batch."""
 
-    def step(params, batch: Batch) -> Metrics:
-        sums = loss_sums(graph, params, batch)
+    def evaluate(params, step: jax.Array, batch: Batch) -> Metrics:
+        sums = loss_sums(graph, params, batch, dial(step))
         return {"nats": sums.nats, "tokens": sums.tokens, "bytes": jnp.sum(batch["target_bytes"])}
 
-    return step
+    return evaluate

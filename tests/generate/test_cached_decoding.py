@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from blockjax.generate import KVCache, decode, prefill
-from blockjax.generate.sampler import Sampling, _generate
+from blockjax.generate.cache import cache_size
+from blockjax.generate.sampler import Sampling, Settings, _generate
 from blockjax.models import Transformer
 from tests.models.tiny import random_model, tiny_config
 
@@ -25,6 +26,20 @@ CASES = {
     "full": (dict(depth=2), [TOTAL, TOTAL]),
     "tail": (dict(depth=3, pattern="4,full", soft_cap=2.0), [4, TOTAL, 4]),
     "windows": (dict(depth=3, pattern="16,24,64", kv_heads=4), [16, 24, TOTAL]),
+    "beta": (
+        dict(depth=3, locality="beta:2,smallest=4", context=64, residual="block_attn_res:size=3"),
+        [TOTAL, 32, 4],
+    ),
+    "fixed": (dict(locality="table:0.5/1,mode=segment,smallest=6", context=54, residual="delta"), [18, 6]),
+    "lines": (
+        dict(locality="constant:1,mode=segment,smallest=4,boundary=delimiter,delimiters=3/5"),
+        [8, 8],
+    ),
+    "adaptive": (
+        dict(locality="table:0/1,mode=segment,smallest=4,boundary=adaptive", residual="attn_res"),
+        [TOTAL, 8],
+    ),
+    "bias": (dict(locality="table:0/1,mode=bias,smallest=4", residual="delta_block:size=3"), [TOTAL, TOTAL]),
     "narrow": (dict(depth=4, pattern="1,3", tied=True, qk_norm=False, kv_heads=1), [1, 3, 1, 3]),
 }
 
@@ -37,22 +52,25 @@ def cached(model, tokens):
     """Logits [steps + 1, B, V] of given tokens [B, TOTAL], fed one at a time after the prompts; caches."""
     graph, params = nnx.split(model)
     prompts = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 9)
+    boundaries = model.config.local_rule.boundaries
+    sizes = [cache_size(spec, TOTAL, boundaries) for spec in model.config.layers()]
 
     @jit
     def start(params):
-        return prefill(nnx.merge(graph, params), jnp.asarray(prompts), jnp.asarray(LENGTHS), TOTAL)
+        model = nnx.merge(graph, params)
+        return prefill(model, list(model.layers()), jnp.asarray(prompts), jnp.asarray(LENGTHS), sizes)
 
     @jit
-    def step(params, token, positions, caches):
+    def step(params, token, positions, memory):
         model = nnx.merge(graph, params)
-        return decode(model, list(model.layers()), token, positions, caches)
+        return decode(model, list(model.layers()), token, positions, memory)
 
-    logits, caches = start(params)
+    logits, memory = start(params)
     results = [logits]
     for i in range(STEPS):
-        logits, caches = step(params, tokens[np.arange(3), LENGTHS + i], LENGTHS + i, caches)
+        logits, memory = step(params, tokens[np.arange(3), LENGTHS + i], LENGTHS + i, memory)
         results.append(logits)
-    return np.stack(results), caches
+    return np.stack(results), memory.caches
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,16 +98,19 @@ def test_a_cache_from_a_prompt_is_one_that_was_filled_token_by_token(size):
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(size=(3, 6, 2, 4)), jnp.float32) for _ in "kv")
     lengths = jnp.array([1, 3, 6])
-    whole = KVCache.from_prompt(k, v, lengths, size)
+    segments = jnp.arange(18).reshape(3, 6)
+    whole = KVCache.from_prompt(k, v, lengths, segments, size)
     for row, length in enumerate(lengths):
-        one = KVCache(jnp.zeros((1, size, 2, 4)), jnp.zeros((1, size, 2, 4)), jnp.full((1, size), -1))
+        nothing = jnp.zeros((1, size, 2, 4))
+        one = KVCache(nothing, nothing, jnp.full((1, size), -1), jnp.zeros((1, size), jnp.int32))
         for t in range(length):
             pick = (slice(row, row + 1), slice(t, t + 1))
-            one = one.append(k[pick], v[pick], jnp.array([t]))
+            one = one.append(k[pick], v[pick], jnp.array([t]), segments[row, t][None])
         np.testing.assert_array_equal(whole.positions[row], one.positions[0])
         used = one.positions[0] >= 0
         np.testing.assert_array_equal(whole.k[row][used], one.k[0][used])
         np.testing.assert_array_equal(whole.v[row][used], one.v[0][used])
+        np.testing.assert_array_equal(whole.segments[row][used], one.segments[0][used])
 
 
 def test_layers_are_cut_out_of_the_stack_once():
@@ -97,7 +118,7 @@ def test_layers_are_cut_out_of_the_stack_once():
     graph, params = nnx.split(make(depth=4, ffn=56))
 
     def run(params, tokens, lengths, key):
-        return _generate(graph, params, tokens, lengths, key, 7, Sampling(0.0), 32)
+        return _generate(Settings(graph, 7, Sampling(0.0), 32, (9,) * 4), params, tokens, lengths, key, None)
 
     args = params, np.zeros((1, 3), np.int32), np.array([3]), jax.random.key(0)
     (call,) = jax.make_jaxpr(run)(*args).jaxpr.eqns

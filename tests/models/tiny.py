@@ -3,6 +3,8 @@
 NumPy fills them: initialising one with JAX compiles longer than most tests run.
 """
 
+import zlib
+
 import jax
 import numpy as np
 from flax import nnx
@@ -19,9 +21,10 @@ def tiny_config(**options) -> TransformerConfig:
 def random_params(config: TransformerConfig, seed: int = 0):
     """`(graph, parameters)`; gains differ from one, so that a missing one shows."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
+        # From its name: a parameter does not change with the others that a model has.
+        rng = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
         if path[-1].key == "gain":
             value = rng.uniform(0.5, 1.5, leaf.shape)
         else:

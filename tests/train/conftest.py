@@ -49,7 +49,7 @@ def tiny(corpus, tmp_path_factory):
         config.data.update(source=str(corpus), seq_len=32, batch_size=8)
         config.optimizer.update(warmup_steps=2, learning_rate=0.02, adam_learning_rate=0.02)
         config.run.update(steps=12, log_every=4, eval_every=0, eval_sequences=24, checkpoint_every=0)
-        config.run.update(data_dir=data_dir, tensorboard=False)
+        config.run.update(data_dir=data_dir, tensorboard=False, inspect=False)
         for name, value in values.items():
             section, _, key = name.rpartition("__")
             (config[section] if section else config)[key] = value

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from blockjax.models import TransformerConfig
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train.flops import FlopCounter, peak_flops
-from blockjax.train.step import visible_pairs
+from tests.models.tiny import random_model
 
 CONFIG = TransformerConfig(
     vocab_size=10,
@@ -36,7 +38,7 @@ def test_useful_and_executed_by_hand():
     segments = np.array([0, 0, 0, 0, 0, 1, 1, 1])
     positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2]])
     pairs = brute_force_pairs(segments)
-    assert visible_pairs(CONFIG.layers(), positions) == pairs
+    assert random_model(CONFIG).visible_pairs(positions, positions) == pairs
     counter = FlopCounter(CONFIG, T)
     assert counter.useful(T, pairs) == 6 * weights * T + pair * pairs
     # Blocks of 4 x 4: both kinds of layer visit all three at or below the diagonal.
@@ -45,10 +47,11 @@ def test_useful_and_executed_by_hand():
 
 @pytest.mark.parametrize("window", [1, 3, 4, 9, 64])
 def test_executed_is_never_below_useful(window):
-    config = TransformerConfig(**{**vars(CONFIG), "pattern": f"{window},full", "attention_block": 16})
+    config = dataclasses.replace(CONFIG, pattern=f"{window},full", attention_block=16)
     positions = np.arange(64)[None]
     counter = FlopCounter(config, 64)
-    assert counter.executed(64) >= counter.useful(64, float(visible_pairs(config.layers(), positions)))
+    pairs = float(random_model(config).visible_pairs(positions, positions))
+    assert counter.executed(64) >= counter.useful(64, pairs)
 
 
 def test_the_peak_is_of_the_machine_whatever_the_mesh():
@@ -57,3 +60,10 @@ def test_the_peak_is_of_the_machine_whatever_the_mesh():
     with jax.set_mesh(make_mesh({"data": -1})):
         inside, _ = peak_flops()
     assert 0.4 < inside / alone < 2.5
+
+
+def test_executed_follows_a_locality_that_moves():
+    config = dataclasses.replace(CONFIG, pattern="full", locality="constant:1,smallest=4", context=64)
+    counter, dense = FlopCounter(config, 64), FlopCounter(dataclasses.replace(CONFIG, pattern="full"), 64)
+    assert counter.executed(64, np.zeros(3)) == dense.executed(64) > 2 * counter.executed(64)
+    assert counter.executed(64) == counter.executed(64, np.ones(3))

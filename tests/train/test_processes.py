@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import signal as signals
 import socket
 import subprocess
 import sys
@@ -20,7 +19,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 # experiments/train.py, with a signal in place of batch STOP_AT, once the file STOP_AFTER is there,
 # and short samples.
 SCRIPT = """
-import os, runpy, time
+import os, runpy, signal, time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+
 from blockjax.analysis import report
 from blockjax.data import Evaluation, Loader
 
@@ -69,8 +71,6 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell's background job ignores Ctrl-C and hands that down.
-            preexec_fn=lambda: signals.signal(signals.SIGINT, signals.SIG_DFL),
         )
         for i in range(processes)
     ]

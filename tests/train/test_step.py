@@ -7,9 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from blockjax.models import LayerSpec, Transformer
+from blockjax.models import Transformer
 from blockjax.train.state import init_state
-from blockjax.train.step import make_eval_step, make_train_step, visible_pairs
+from blockjax.train.step import make_eval_step, make_train_step
 from tests.models.tiny import tiny_config
 
 B, T, V = 8, 32, 40
@@ -45,7 +45,7 @@ def gradient_step(model):
 
     @functools.cache
     def compiled(accumulate):
-        options = dict(layers=CONFIG.layers(), z_loss=Z_LOSS, accumulate=accumulate)
+        options = dict(z_loss=Z_LOSS, accumulate=accumulate)
         return jax.jit(make_train_step(nnx.graphdef(model), optimizer, **options))
 
     def run(batch, accumulate=1):
@@ -94,18 +94,10 @@ def test_a_batch_of_padding_changes_nothing(gradient_step, batch):
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
-def test_visible_pairs_by_hand():
-    positions = np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
-    layers = (LayerSpec(2), LayerSpec(), LayerSpec(2))
-    full = (1 + 2 + 3 + 4 + 1 + 2) + (1 + 2 + 3 + 4 + 5 + 6)
-    window = (1 + 2 + 2 + 2 + 1 + 2) + (1 + 2 + 2 + 2 + 2 + 2)
-    assert visible_pairs(layers, positions) == full + 2 * window
-
-
 def test_evaluation_with_uniform_logits(model, batch):
     graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     params["head"] = jnp.zeros_like(params["head"])
-    sums = jax.jit(make_eval_step(graph))(params, batch | {"target_bytes": jnp.arange(8.0)})
+    sums = jax.jit(make_eval_step(graph))(params, 0, batch | {"target_bytes": jnp.arange(8.0)})
     np.testing.assert_allclose(sums["nats"], 144 * np.log(V), rtol=1e-6)
     assert (sums["tokens"], sums["bytes"]) == (144, 28)

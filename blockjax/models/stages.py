@@ -1,0 +1,155 @@
+"""Runs the layers: as few compiled bodies as the depth blocks and the layer table allow.
+
+A stage is a scan over whole periods, or one layer on its own. A scan crosses no border of a depth block,
+so its carry is the stream's running sum alone; a layer on its own may have a border between its two
+sublayers. What differs inside a scan, such as a window, is scanned along with the parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blockjax.depth import Stream
+from blockjax.errors import UsageError
+from blockjax.masks.predicates import is_concrete, same
+from blockjax.models.config import TransformerConfig
+from blockjax.models.layer_spec import LayerSpec, unstack
+from blockjax.parallel.mesh import constrain
+
+
+class Stage(NamedTuple):
+    """Layers `first` to `first + repeats * period - 1`, scanned; layer `first` alone if `repeats` is 0."""
+
+    first: int
+    repeats: int
+
+
+def plan(config: TransformerConfig, table: LayerSpec | None) -> list[Stage]:
+    """The stages of a decoder.
+
+    Args:
+      table: columns [L] of the layer table; None where the pattern sets it.
+
+    Raises:
+      UsageError: runs of equal layers are asked for, but the table is traced.
+    """
+    period, residual = len(config.period), config.residual_rule
+    stacked = config.depth // period * period
+    buckets = config.stack == "bucket" and table is not None
+    if buckets and not is_concrete(table):
+        raise UsageError(
+            "model.stack='bucket' compiles the layer table into the program, so its locality cannot move; "
+            "use model.stack='scan'."
+        )
+    stages, layer = [], 0
+    while layer < config.depth:
+        repeats = 0
+        if layer % period == 0 and config.stack != "unroll":
+            room = (residual.end(2 * layer) - 2 * layer) // 2
+            repeats = max(0, min(room, stacked - layer)) // period
+        if buckets:
+            equal = [same(unstack(table, layer), unstack(table, i)) for i in range(layer, layer + repeats)]
+            repeats = equal.index(False) if False in equal else repeats
+        stages.append(Stage(layer, repeats))
+        layer += repeats * period or 1
+    return stages
+
+
+def run(
+    model,
+    stream: Stream,
+    rope: tuple[jax.Array, jax.Array],
+    attend: Callable[[LayerSpec, list], Callable],
+    table: LayerSpec | None,
+    remat: Callable[[Callable], Callable],
+) -> list[Any]:
+    """Sends the stream through all layers of a `Transformer`.
+
+    Args:
+      attend: gives the attention of a row of the layer table; it may append to the list what it saw.
+      table: as in `plan`.
+      remat: wraps what a backward pass may recompute.
+
+    Returns:
+      What `attend` appended in each stage, leaves [layers of the stage, ...].
+    """
+    config, period = model.config, len(model.config.period)
+    stages = plan(config, table)
+    graph, stacked = nnx.split(model.periods)
+    pieces, found = _cut(stages, config, stacked), []
+
+    def spec_of(layer: int) -> LayerSpec:
+        return config.period[layer % period] if table is None else unstack(table, layer)
+
+    for stage in stages:
+        first, layers = stage.first, stage.repeats * period or 1
+        if stage.repeats:
+            columns = None
+            if table is not None and config.stack != "bucket":
+                shape = (stage.repeats, period)
+                columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
+            reads = stream.reads(2 * first, 2 * (first + layers))
+            reads = jax.tree.map(lambda a: a.reshape(stage.repeats, period, 2, *a.shape[1:]), reads)  # noqa: B023
+            specs = [spec_of(first + i) for i in range(period)]
+            body = remat(functools.partial(_period, graph, specs, stream, rope, attend))
+            stream.partial, (weights, seen) = jax.lax.scan(
+                body, stream.partial, (pieces[stage], columns, reads)
+            )
+            weights, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (weights, seen))
+            stream.note(2 * first, weights)
+        else:
+            slot, blocks = f"slot_{first % period}", model.tail
+            if stage in pieces:
+                blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[stage]))
+            seen = []
+            layer = blocks[slot].sublayers(rope, attend(spec_of(first), seen))
+            run_layer(stream, first, [remat(sublayer) for sublayer in layer])
+            seen = _stack(seen)
+        found.append(seen)
+    return found
+
+
+def run_layer(stream: Stream, layer: int, sublayers) -> None:
+    """Sends the stream through one layer."""
+    for i, sublayer in enumerate(sublayers):
+        stream.write(constrain(sublayer(stream.read(2 * layer + i)), ("batch", "time", None)))
+
+
+def _period(graph, specs, stream: Stream, rope, attend, partial, xs):
+    """One step of a scan: the new running sum, and the depth weights and findings of its layers."""
+    params, columns, reads = xs
+    blocks, weights, seen = nnx.merge(graph, params), [], []
+    for i in range(len(blocks)):
+        spec = specs[i] if columns is None else jax.tree.map(lambda a: a[i], columns)  # noqa: B023
+        for j, sublayer in enumerate(blocks[f"slot_{i}"].sublayers(rope, attend(spec, seen))):
+            h, w = stream.combine(partial, jax.tree.map(lambda a: a[i, j], reads))  # noqa: B023
+            partial = constrain(partial + sublayer(h), ("batch", "time", None))
+            weights.append(w)
+    return partial, (_stack(weights), _stack(seen))
+
+
+def _stack(parts: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else None
+
+
+def _cut(stages: list[Stage], config: TransformerConfig, stacked: nnx.State) -> dict[Stage, nnx.State]:
+    """The parameters of each stage that lies in whole periods, with their leading axis.
+
+    One split, whose transpose is one concatenation: each slice would add to a gradient of all layers.
+    """
+    period = len(config.period)
+    whole = [stage for stage in stages if stage.first < config.depth // period * period]
+    spans = {stage: (stage.first // period, stage.repeats or 1) for stage in whole}
+    unique = list(dict.fromkeys(spans.values()))  # layers of one period that run alone share a piece
+    if len(unique) <= 1:
+        return dict.fromkeys(whole, stacked)
+    leaves, tree = jax.tree.flatten(stacked)
+    split = [jax.lax.split(leaf, [count for _, count in unique]) for leaf in leaves]
+    pieces = [jax.tree.unflatten(tree, piece) for piece in zip(*split, strict=True)]
+    return {stage: pieces[unique.index(span)] for stage, span in spans.items()}

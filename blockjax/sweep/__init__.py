@@ -1,0 +1,1 @@
+"""Sweeps: one config at several settings and seeds, trained, launched elsewhere and compared."""

@@ -1,0 +1,87 @@
+"""What attention and depth attention do on a validation batch, for metrics and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blockjax.depth import Residual
+from blockjax.locality.statistics import AttentionStatistics, attention_statistics, sample_queries
+from blockjax.train.step import Batch, Dial, context
+
+QUERIES = 16  # sampled from each sequence
+
+
+class Findings(NamedTuple):
+    """What `make_inspect_step` found.
+
+    Attributes:
+      attention: each [L, N] float32.
+      depth_weights: [readers, sources] float32, mean over tokens; None under `prenorm`.
+      head_weights: [T, sources] float32, the output head's of the first sequence; None without them.
+    """
+
+    attention: AttentionStatistics
+    depth_weights: jax.Array | None
+    head_weights: jax.Array | None
+
+
+def make_inspect_step(
+    graph: nnx.GraphDef, dial: Dial = lambda step: None
+) -> Callable[[Any, jax.Array, Batch], Findings]:
+    """`(params, step, batch) -> Findings`.
+
+    Fidelity is the share of attention within the nearest set of the model's locality: its smallest
+    window, or the query's own segment.
+    """
+
+    def inspect(params, step: jax.Array, batch: Batch) -> Findings:
+        model = nnx.merge(graph, params)
+        config, documents = model.config, batch["segment_ids"]
+        near = config.nearest
+        near_ids = near.ids(documents, model.segments(batch["tokens"], batch["positions"]))
+        queries = sample_queries(documents, QUERIES, jax.random.key(0))
+
+        def probe(q, k, spec, ids) -> AttentionStatistics:
+            bias = spec.bias(config.heads)
+            return attention_statistics(
+                q,
+                k,
+                queries=queries,
+                predicate=spec.predicate,
+                local=near.predicate,
+                segment_ids=ids,
+                local_segment_ids=near_ids,
+                soft_cap=config.soft_cap or None,
+                slope=None if bias is None else bias.slope,
+            )
+
+        found = model.inspect(batch["tokens"], **context(batch), locality=dial(step), probe=probe)
+        weights = found.depth_weights
+        if weights is None:
+            return Findings(found.probes, None, None)
+        mean = jnp.mean(weights, axis=(2, 3), where=documents >= 0)
+        head = weights[-1, :, 0].T if config.residual_rule.rule == "attn_res" else None
+        return Findings(found.probes, mean, head)
+
+    return inspect
+
+
+def scalars(findings: Findings, residual: Residual) -> dict[str, float]:
+    """Findings as metrics: mean over heads per layer, and per sublayer the weight of two sources."""
+    values = {}
+    for name, per_layer in findings.attention._asdict().items():
+        for layer, heads in enumerate(np.asarray(per_layer)):
+            values[f"attention/{name}/layer_{layer:02}"] = float(np.mean(heads))
+    if findings.depth_weights is not None:
+        for reader, weights in enumerate(np.asarray(findings.depth_weights)):
+            name = "head" if reader == residual.sublayers else f"sublayer_{reader:03}"
+            there = weights[~np.isnan(weights)]
+            values[f"depth/embedding_weight/{name}"] = float(there[0])
+            values[f"depth/newest_weight/{name}"] = float(there[-1])
+    return values

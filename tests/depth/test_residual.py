@@ -1,0 +1,233 @@
+"""Residual rules of the decoder against the pre-norm model and against plain loops over sublayers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from blockjax.depth import Residual
+from blockjax.errors import UsageError
+from blockjax.models import Transformer
+from tests.models.tiny import random_params, tiny_config
+
+DEPTH, T = 3, 12
+SUBLAYERS = 2 * DEPTH
+
+# Half the time to compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+BLOCKS = [f"block_attn_res:size={s}" for s in range(1, SUBLAYERS + 1)] + ["block_attn_res:blocks=2"]
+DELTAS = ["delta", "delta_block:size=2", "delta_block:size=4", "delta_block:size=5"]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def config_of(residual, **options):
+    # Without an epsilon a norm does not see whether it reads a sum or a mean.
+    sizes = dict(depth=DEPTH, dtype="float64", norm_eps=0.0, attention_block=8, pattern="6,full")
+    return tiny_config(residual=residual, **sizes | options)
+
+
+def params_of(config, zero=()):
+    """Graph and float64 parameters; those of `depth` named in `zero` are 0."""
+    graph, params = random_params(config)
+    params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), params)
+    for name in zero:
+        params["depth"][name] = jnp.zeros_like(params["depth"][name])
+    return graph, params
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 24, (2, T)).astype(np.int32)
+    return tokens, rng.normal(size=(2, T, 24))
+
+
+def logits_and_gradients(graph, params, forward=lambda model, tokens: model(tokens)):
+    tokens, cotangent = batch()
+
+    @jit
+    def run(params):
+        def loss(params):
+            logits = forward(nnx.merge(graph, params), tokens)
+            return jnp.sum(logits * cotangent), logits
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, logits), gradients = run(params)
+    return np.asarray(logits), jax.tree.map(np.asarray, gradients)
+
+
+def close(a, b, tolerance=1e-12):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * 100), a, b)
+
+
+@functools.cache
+def prenorm():
+    with jax.enable_x64(True):
+        return logits_and_gradients(*params_of(config_of("prenorm")))
+
+
+@pytest.mark.parametrize("residual", ["attn_res", *BLOCKS])
+def test_zero_queries_are_the_prenorm_model(residual):
+    logits, gradients = logits_and_gradients(*params_of(config_of(residual), zero=["query"]))
+    del gradients["depth"]
+    close((logits, gradients), prenorm())
+
+
+@pytest.mark.parametrize("residual", DELTAS)
+def test_closed_gates_are_the_prenorm_model(residual):
+    logits, gradients = logits_and_gradients(*params_of(config_of(residual), zero=["gate"]))
+    assert np.any(gradients["depth"]["gate"]), "a gate that gets no gradient never opens"
+    del gradients["depth"]
+    close((logits, gradients), prenorm())
+
+
+@pytest.mark.parametrize("residual", ["attn_res", "delta"])
+def test_a_model_starts_there(residual):
+    """Random queries, as published code has them, would start elsewhere."""
+    depth = Transformer(config_of(residual, dtype="float32"), rngs=nnx.Rngs(0)).depth
+    assert not np.any(depth.query[...])
+    assert depth.gate is None or not np.any(depth.gate[...])
+    logits, _ = logits_and_gradients(*params_of(config_of(residual)))
+    assert np.abs(logits - prenorm()[0]).max() > 1e-2
+
+
+def softmax_mean(sources, query):
+    """One query [M] over sources [B, T, M]; the mean and the weights [sources, B, T]."""
+    stack = jnp.stack(sources)
+    keys = stack / jnp.sqrt(jnp.mean(stack**2, axis=-1, keepdims=True))
+    weights = jax.nn.softmax(keys @ query, axis=0)
+    return jnp.sum(weights[..., None] * stack, axis=0), weights
+
+
+def attn_res(model, tokens, *, absent_is_zero=False):
+    """A bank of completed blocks and the running sum, sublayer by sublayer."""
+    size, query = model.config.residual_rule.size, model.depth.query[...]
+    bank, partial, read = [model.embed(tokens)], None, []
+    for s, sublayer in enumerate(all_sublayers(model, tokens)):
+        if s % size == 0 and s:
+            bank, partial = [*bank, partial], None
+        own = [jnp.zeros_like(bank[0]) + 1e-30] if absent_is_zero else []
+        h, weights = softmax_mean([*bank, *(own if partial is None else [partial])], query[s])
+        read.append(weights)
+        out = sublayer(h)
+        partial = out if partial is None else partial + out
+    h, weights = softmax_mean([*bank, partial], query[-1])
+    return model.logits(model.final_norm(h)), [*read, weights]
+
+
+def delta(model, tokens, *, alternating=False):
+    """The stream is kept; sources are how much it changed over each completed block."""
+    size, query, gate = model.config.residual_rule.size, model.depth.query[...], model.depth.gate[...]
+    stream = model.embed(tokens)
+    sources, start, read = [stream], stream, []
+    for s, sublayer in enumerate(all_sublayers(model, tokens)):
+        if s % size == 0 and s:
+            # As published, from what was stored last, which is itself a difference.
+            sources.append(stream - (sources[-1] if alternating else start))
+            start = stream
+        mean, weights = softmax_mean(sources, query[s])
+        read.append(weights)
+        stream = stream + sublayer(stream + gate[s] * mean)
+    return model.logits(model.final_norm(stream)), read
+
+
+def all_sublayers(model, tokens):
+    rope = model.rope(jnp.broadcast_to(jnp.arange(T), tokens.shape))
+    for block, spec in model.layers():
+        yield from block.sublayers(rope, model.attend(spec, None))
+
+
+def oracle(residual):
+    return attn_res if "attn_res" in residual else delta
+
+
+@pytest.mark.parametrize("residual", ["attn_res", "block_attn_res:size=2", "block_attn_res:size=4", *DELTAS])
+def test_against_a_loop_over_sublayers(residual):
+    model = params_of(config_of(residual))
+    expected = logits_and_gradients(*model, lambda *args: oracle(residual)(*args)[0])
+    close(logits_and_gradients(*model), expected, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("residual", "mistake"),
+    [("block_attn_res:size=3", dict(absent_is_zero=True)), ("delta_block:size=2", dict(alternating=True))],
+)
+def test_published_mistakes_would_show(residual, mistake):
+    model = params_of(config_of(residual))
+    mistaken = lambda *args: oracle(residual)(*args, **mistake)[0]  # noqa: E731
+    logits, wrong = (logits_and_gradients(*model, f)[0] for f in (Transformer.__call__, mistaken))
+    assert np.abs(logits - wrong).max() > 1e-3
+
+
+@pytest.mark.parametrize("residual", ["prenorm", "attn_res", "block_attn_res:size=3", "delta_block:size=4"])
+def test_scanned_and_unrolled_layers_agree(residual):
+    options = dict(depth=7, pattern="6,full")
+    graph, params = params_of(config_of(residual, **options))
+    unrolled = params_of(config_of(residual, **options, stack="unroll"))[0]
+    close(logits_and_gradients(graph, params), logits_and_gradients(unrolled, params), 1e-11)
+
+
+@pytest.mark.parametrize("residual", ["attn_res", "block_attn_res:size=3", "delta_block:size=4"])
+def test_weights_of_every_token(residual):
+    config = config_of(residual)
+    graph, params = params_of(config)
+    tokens, _ = batch()
+    found = jit(lambda params: nnx.merge(graph, params).inspect(tokens).depth_weights)(params)
+    found = np.asarray(found)
+    _, expected = oracle(residual)(nnx.merge(graph, params), tokens)
+    rule = config.residual_rule
+    assert found.shape == (rule.readers, rule.blocks + 1, 2, T)
+    for reader, (row, weights) in enumerate(zip(found, expected, strict=True)):
+        there = ~np.isnan(row[:, 0, 0])
+        np.testing.assert_allclose(row[there], weights, rtol=1e-9, err_msg=f"reader {reader}")
+        np.testing.assert_allclose(row[there].sum(0), 1, rtol=1e-12)
+        assert np.isnan(row[~there]).all()
+
+
+def test_one_source_is_read_exactly_and_its_query_learns_nothing():
+    graph, params = params_of(config_of("block_attn_res:size=2"))
+    tokens, _ = batch()
+    found = nnx.merge(graph, params).inspect(tokens).depth_weights
+    np.testing.assert_array_equal(found[0, 0], 1.0)
+    _, gradients = logits_and_gradients(graph, params)
+    learns = np.any(gradients["depth"]["query"], axis=1)
+    np.testing.assert_array_equal(learns, np.arange(SUBLAYERS + 1) > 0)
+
+
+def test_sizes():
+    for text, size, blocks, readers in (
+        ("prenorm", 10, 1, 0),
+        ("attn_res", 1, 10, 11),
+        ("block_attn_res:size=4", 4, 3, 11),
+        ("block_attn_res:size=40", 10, 1, 11),
+        ("block_attn_res:blocks=3", 4, 3, 11),
+        ("delta", 1, 10, 10),
+        ("delta_block", 2, 5, 10),
+    ):
+        rule = Residual.parse(text, 10)
+        assert (rule.size, rule.blocks, rule.readers) == (size, blocks, readers), text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("atn_res", ["'atn_res'", "'attn_res'"]),
+        ("block_attn_res:sise=3", ["'sise'", "'size'"]),
+        ("block_attn_res:size=-1", ["size=-1"]),
+        ("delta_block:blocks=0", ["blocks=0"]),
+        ("attn_res:size=2", ["'size'"]),
+    ],
+)
+def test_refused(text, words):
+    with pytest.raises(UsageError) as error:
+        config_of(text)
+    assert all(word in str(error.value) for word in words), error.value
