@@ -42,6 +42,14 @@ setup(
         "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "gcs": ["gcsfs>=2024.6"],
-        "dev": ["setuptools>=77", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        "slurm": ["submitit>=1.5"],
+        "dev": [
+            "setuptools>=77",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "submitit>=1.5",
+        ],
     },
 )
