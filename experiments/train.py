@@ -28,7 +28,8 @@ PROCESS = flags.DEFINE_integer("process", None, "index of this process, with --c
 def main() -> None:
     cli.join_hosts(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
     profile = check_profile(PROFILE.value, CONFIG.value.run.steps)
-    path = report.write(loop.train(CONFIG.value, RUN.value, profile=profile))
+    run = loop.train(CONFIG.value, RUN.value, profile=profile)
+    path = report.write(run) if CONFIG.value.run.report else None
     if path:
         print(f"Report: {path}")
 

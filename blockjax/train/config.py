@@ -123,6 +123,7 @@ def base_config(size: str = "nano") -> ConfigDict:
                 prefetch=4,  # batches
                 data_dir="data",  # prepared corpora and token indices
                 tensorboard=True,  # events beside metrics.jsonl
+                report=True,  # pictures and samples at the end
             ),
         )
     )
