@@ -35,7 +35,7 @@ class DepthQueries(nnx.Module):
     def __init__(self, residual: Residual, width: int):
         self.query = nnx.Param(jnp.zeros((residual.readers, width), jnp.float32), axes=("reader", "gain"))
         gated = residual.rule == "delta"
-        self.gate = nnx.Param(jnp.zeros(residual.readers, jnp.float32), axes=("gain",)) if gated else None
+        self.gate = nnx.Param(jnp.zeros(residual.readers, jnp.float32), axes=("reader",)) if gated else None
 
 
 class Reads(NamedTuple):

@@ -46,6 +46,7 @@ POSITIVE = (
     "model.norm_eps",
     "optimizer.learning_rate",
     "optimizer.adam_learning_rate",
+    "optimizer.query_rate",
     "optimizer.eps",
 )
 NOT_NEGATIVE = (
@@ -91,6 +92,7 @@ def base_config(size: str = "nano") -> ConfigDict:
                 name="adamw",  # or muon
                 learning_rate=6e-4,  # at its peak
                 adam_learning_rate=6e-4,  # of embeddings, head and gains under muon
+                query_rate=0.1,  # of depth queries and gates, over the rate of gains
                 schedule="cosine",  # or stable_decay
                 warmup_steps=100,  # rising linearly
                 decay_fraction=0.2,  # of all steps, under stable_decay

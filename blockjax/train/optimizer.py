@@ -13,8 +13,8 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
-    """Whether a parameter maps features to features: not an embedding, head or gain."""
-    return "vocab" not in axes and "gain" not in axes
+    """Whether a parameter maps features to features: not an embedding, head, gain or depth query."""
+    return not {"vocab", "gain", "reader"}.intersection(axes)
 
 
 def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
@@ -71,7 +71,8 @@ def make_optimizer(config, axes, steps: int) -> optax.GradientTransformation:
     Args:
       config: `name`, `learning_rate`, `weight_decay` (of matrices only),
         `clip_norm` (0: off) and the schedule; for Muon `adam_learning_rate`
-        drives embeddings, head and gains.
+        drives embeddings, head and gains. `query_rate` scales the rate of
+        depth queries and gates.
       axes: tree of logical axis names from `models.logical_axes`.
       steps: length of the schedule.
 
@@ -101,4 +102,5 @@ def make_optimizer(config, axes, steps: int) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=jax.tree.map(muon_dimensions, axes, is_leaf=leaf),
         )
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
-    return optax.chain(clip, update)
+    queries = jax.tree.map(lambda names: "reader" in names, axes, is_leaf=leaf)
+    return optax.chain(clip, update, optax.masked(optax.scale(c.query_rate), queries))
