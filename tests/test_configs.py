@@ -1,8 +1,11 @@
 """Every config trains for a minute's worth of steps and writes a report."""
 
+import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,7 +20,12 @@ from blockjax.train.metrics import read_metrics
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Arguments that change what is trained.
-ARGUMENTS = {"lm": ["", "350m,muon"], "windowed": ["window=64"]}
+ARGUMENTS = {
+    "lm": ["", "350m,muon"],
+    "windowed": ["window=64"],
+    "locality": ["mode=segment"],
+    "depth": ["residual=delta"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -58,5 +66,28 @@ def test_a_config_trains_and_reports(name, arg, data_dir, tmp_path):
             assert min(image.size) > 300 and np.asarray(image.convert("L")).std() > 5, picture
     assert re.search(r"\*\*\d+\.\d{4} bits per byte\*\*", text) and "stdlib" in text
     assert text.count("Prompt: ") == text.count("````text") == 4
-    windows = {str(spec) for spec in loop.TransformerConfig(vocab_size=8, **config.model).layers()}
-    assert all(f"{window}: layer" in text for window in windows)
+    model = loop.TransformerConfig(vocab_size=8, context=config.data.seq_len, **config.model)
+    assert all(f"{spec}: layer" in text for spec in model.layers())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["locality", "depth"])
+def test_a_sweep_runs_at_smoke_size(name, data_dir, tmp_path):
+    """Every setting of it, one seed, two steps."""
+    quick = ["run.steps=2", "run.eval_every=0", "run.inspect=False", "run.report=False", "model.depth=3"]
+    flags = [f"--config.{value}" for value in [*quick, f"run.data_dir={data_dir}", "run.tensorboard=False"]]
+    command = ["experiments/sweep.py", f"--config=configs/{name}.py:small,runlocal", f"--sweep={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, *command, "--only=*-seed0", *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    settings = [line["setting"] for line in json.loads((tmp_path / "sweep.json").read_text())["settings"]]
+    assert len(settings) >= 5
+    for setting in settings:
+        values = read_metrics(tmp_path / f"{setting}-seed0" / "metrics.jsonl")[-1]
+        assert values["step"] == 2 and 0 < values["val/bits_per_byte"] < 12
+        assert f"| {setting} | 1/3 |" in (tmp_path / "sweep.md").read_text()

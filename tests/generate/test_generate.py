@@ -108,6 +108,24 @@ def test_calls_of_the_same_shapes_compile_once(model):
     assert _generate._cache_size() == compiled
 
 
+def test_a_dial_moves_without_a_new_compilation():
+    dialled = random_model(tiny_config(vocab_size=32, locality="beta:1,smallest=4", context=64))
+    table, texts, compiled = dialled.config.local_rule.table(2), {}, []
+    for dial in (0.0, 0.5, 1.0):
+        texts[dial] = generate(dialled, PROMPTS, COUNT, sampling=GREEDY, locality=dial * table)
+        compiled.append(_generate._cache_size())
+        fixed = tiny_config(vocab_size=32, locality=f"beta:1,smallest=4,high={dial}", context=64)
+        assert_same(texts[dial], uncached(random_model(fixed), PROMPTS, COUNT))
+    assert len(set(compiled)) == 1
+    assert any((a != b).any() for a, b in zip(texts[0.0], texts[1.0], strict=True))
+
+    # Caches that hold a window of 16 are enough from a locality of 0.5 on.
+    few = generate(dialled, PROMPTS, COUNT, sampling=GREEDY, locality=0.5, least_locality=0.5)
+    assert_same(few, generate(dialled, PROMPTS, COUNT, sampling=GREEDY, locality=0.5))
+    with pytest.raises(UsageError, match=r"locality 0.25 is below least_locality=0.5"):
+        generate(dialled, PROMPTS, COUNT, locality=0.25, least_locality=0.5)
+
+
 def test_three_prompts_on_eight_devices(model, greedy):
     """Neither 3 sequences nor the one token of a step divide over the devices."""
     mesh = make_mesh(dict(fsdp=2, seq=2, tensor=2))

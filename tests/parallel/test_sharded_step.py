@@ -1,5 +1,6 @@
 """One loss and one gradient, whatever the mesh; and what the devices say to each other."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -23,7 +24,15 @@ FAST = {"xla_backend_optimization_level": 0}
 # T appears in no parameter, so that an activation is known by its shape.
 B, T = 16, 48
 CONFIG = tiny_config(vocab_size=64, depth=4, width=32, ffn=40, pattern="20")
-GRAPH, PARAMS = random_params(CONFIG)
+_, PARAMS = random_params(CONFIG)
+# Windows that are scanned, segments, and a depth block that is not whole.
+BLOCKS = dataclasses.replace(
+    CONFIG,
+    pattern="full",
+    locality="beta:1,mode=segment,smallest=4,boundary=adaptive",
+    residual="block_attn_res:size=6",
+    context=T,
+)
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(fsdp=8),
@@ -50,18 +59,19 @@ def batch():
 
 
 @functools.cache
-def step(name):
+def step(name, config=CONFIG):
     """`(loss, gradients, text of the compiled program)` on a mesh; on one device without a name."""
+    graph, params = random_params(config)
     mesh = make_mesh(MESHES[name]) if name else make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        places = plan_state(CONFIG, base_config(), mesh).abstract.params
+        places = plan_state(config, base_config(), mesh).abstract.params
         places = jax.tree.map(lambda leaf: leaf.sharding, places)
 
         def loss(params, batch):
-            sums = loss_sums(GRAPH, params, batch)
+            sums = loss_sums(graph, params, batch)
             return sums.nats / sums.tokens
 
-        params = jax.device_put(PARAMS, places)
+        params = jax.device_put(params, places)
         data = jax.device_put(batch(), NamedSharding(mesh, partition_spec(("batch", "time"))))
         lowered = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places)).lower(params, data)
         compiled = lowered.compile(FAST)
@@ -76,9 +86,13 @@ def test_a_seed_makes_the_same_weight_on_every_mesh():
     np.testing.assert_allclose(jax.jit(make, out_shardings=place)(), make(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_loss_and_gradients_are_those_of_one_device(name):
-    (loss, grads, _), (expected_loss, expected, _) = step(name), step(None)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, CONFIG) for name in MESHES), ("data_fsdp_tensor", BLOCKS)],
+    ids=[*MESHES, "depth_blocks_and_segments"],
+)
+def test_loss_and_gradients_are_those_of_one_device(name, config):
+    (loss, grads, _), (expected_loss, expected, _) = step(name, config), step(None, config)
     assert abs(loss - expected_loss) < 1e-5
     for (path, g), e in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
