@@ -50,6 +50,9 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "submitit>=1.5",
+            "jupytext>=1.16",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
     },
 )

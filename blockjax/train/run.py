@@ -59,7 +59,9 @@ def open_run(path: str, mesh: Mesh | None = None) -> Run:
     record = folder.read_record()
     if record is None:
         raise UsageError(f"There is no run in {path}: run.json is missing. Train one with `make train`.")
-    config = configs.ConfigDict(record["config"])
+    # A run may be older than some keys; what they do by default is what it did.
+    config = configs.base_config()
+    config.update(record["config"])
     configs.check(config)
     tokenizer = data.open_tokenizer(config.data.tokenizer)
     check_identity(record, {**record, "tokenizer": describe_tokenizer(tokenizer)}, path)
