@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["MPLBACKEND"] = "Agg"
@@ -13,3 +15,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Keeps `gs://BUCKET/runs/` in memory; `bucket()` maps names of objects to their contents."""
+    from etils.epath import backend
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    filesystem = MemoryFileSystem(skip_instance_cache=True)
+    filesystem.store, filesystem.pseudo_dirs = {}, [""]
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: filesystem)
+    return lambda: {name.partition("runs/")[2]: file.getvalue() for name, file in filesystem.store.items()}

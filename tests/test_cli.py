@@ -207,9 +207,7 @@ def test_broken_config_files_refused(train, tmp_path, text, words):
 def test_what_is_not_a_run_is_not_opened(tmp_path):
     config = configs.runlocal(configs.base_config())
     tokenizer = {"name": "bytes", "vocab_size": 300, "digest": "of another"}
-    record = dict(
-        identity=configs.identity(config), config=config.to_dict(), tokenizer=tokenizer, corpus=dict(name="x")
-    )
+    record = dict(config=config.to_dict(), tokenizer=tokenizer, corpus=dict(name="x"))
 
     def refusal() -> str:
         with pytest.raises(UsageError) as error:
@@ -220,10 +218,10 @@ def test_what_is_not_a_run_is_not_opened(tmp_path):
     assert not (tmp_path / "run").exists()
     folder = RunFolder(str(tmp_path / "run"))
     assert "run.json is missing" in refusal()
-    (tmp_path / "run" / "run.json").write_text('{"identity":')
+    (tmp_path / "run" / "run.json").write_text('{"config":')
     assert "is damaged" in refusal()
-    folder.write_record({"identity": {}})
-    assert "lacks 'config'" in refusal()
+    folder.write_record({"config": {}})
+    assert "lacks 'tokenizer'" in refusal()
     folder.write_record(record)
     assert (
         "another tokenizer" in refusal() and "vocab_size 300" in refusal() and "vocab_size 257" in refusal()

@@ -82,7 +82,7 @@ def plot_locality(values: dict[str, np.ndarray], windows: list[int | None] | Non
         dots = dict(color=GREY, markersize=3.5, alpha=0.55, markeredgewidth=0)
         ax.plot(layers, heads, "o", **dots, label=["each head", *[None] * (heads.shape[1] - 1)])
         ax.plot(layers, heads.mean(1), "o-", color=BLUE, linewidth=1.8, markersize=4.5, label="mean of heads")
-        _style(ax, "layer", label)
+        style(ax, "layer", label)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         ax.set_xlim(-0.6, len(heads) - 0.4)
         ax.set_ylim(0, None if top is None else 1.03 * top)
@@ -102,7 +102,7 @@ def _draw_windows(ax, windows: list[int | None]):
     tops = np.array([full if width is None else width for width in windows])
     colors = [ORANGE if width is None else GREY for width in windows]
     ax.bar(np.arange(len(tops)), tops - bottom, 0.7, bottom, color=colors, alpha=0.8)
-    _style(ax, "", "")
+    style(ax, "", "")
     ax.set_yscale("log")
     ax.set_ylim(bottom, 1.3 * full)
     # Closer than a factor of 2 the labels of the narrowest and the widest would overlap.
@@ -179,11 +179,12 @@ def _thin_labels(ax, axis: str, labels: list[str], inches: float, family=None) -
 
 def _axes(x: str, y: str):
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    _style(ax, x, y)
+    style(ax, x, y)
     return figure, ax
 
 
-def _style(ax, x: str, y: str):
+def style(ax, x: str, y: str) -> None:
+    """Labels, whole steps with separators, a light grid and no box."""
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.spines[["top", "right"]].set_visible(False)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-from blockjax.analysis.plots import BLUE, GREY, ORANGE
+from blockjax.analysis.plots import BLUE, GREY, ORANGE, style
 
 COLORS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#0987a0", "#b83280", "#4a5568")
 
@@ -43,15 +43,11 @@ def plot_sweep(finals: Mapping[str, Mapping[int, float]], curves: Mapping[str, S
     _limit(right, curves)
     left.set(xlabel="bits per byte after the last step: seeds and mean")
     dashed = any(not run.finished for runs in curves.values() for run in runs)
-    right.set(
-        xlabel="training step" + " (dashed: not finished)" * dashed,
-        ylabel="bits per byte: mean and range over seeds",
-    )
+    x = "training step" + " (dashed: not finished)" * dashed
+    style(right, x, "bits per byte: mean and range over seeds")
     left.xaxis.set_major_locator(MaxNLocator(5))
-    right.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    for ax, grid in ((left, "x"), (right, "both")):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, axis=grid)
+    left.spines[["top", "right"]].set_visible(False)
+    left.grid(alpha=0.25, axis="x")
     return figure
 
 

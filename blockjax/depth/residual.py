@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from blockjax.arguments import parse_choice
 from blockjax.errors import UsageError
 
@@ -72,8 +74,8 @@ class Residual:
         """How many read by attention: every sublayer, and under `attn_res` the output head."""
         return {"prenorm": 0, "attn_res": self.sublayers + 1, "delta": self.sublayers}[self.rule]
 
-    def starts(self, sublayer: int) -> bool:
-        """Whether a depth block starts with this sublayer."""
+    def starts(self, sublayer: int | np.ndarray) -> bool | np.ndarray:
+        """Whether a depth block starts with this sublayer, or with each of them."""
         return sublayer % self.size == 0
 
     def end(self, sublayer: int) -> int:

@@ -161,7 +161,7 @@ def weight_table(weights: list[tuple[int, jax.Array]], residual: Residual) -> ja
     table = []
     for first, w in sorted(weights, key=lambda pair: pair[0]):
         if residual.rule == "attn_res" and first < residual.sublayers:
-            absent = np.arange(first, first + len(w)) % residual.size == 0
+            absent = residual.starts(np.arange(first, first + len(w)))
             w = w.at[np.flatnonzero(absent), -1].set(jnp.nan)
         missing = residual.blocks + 1 - w.shape[1]
         table.append(jnp.pad(w, ((0, 0), (0, missing), (0, 0), (0, 0)), constant_values=jnp.nan))

@@ -93,6 +93,9 @@ def attention_statistics(
 
     # Relative to the row's largest score both terms of the entropy are >= 0 up to rounding: nothing cancels.
     # The two log-sum-exps share that score, and exp of their difference is the quotient of the sums.
+    # The barrier keeps the subtraction from being fused with what made s: unrounded scores less a rounded
+    # maximum would be off by rounding errors of the scores.
+    s = jax.lax.optimization_barrier(s)
     s = s - jnp.max(s, -1, keepdims=True, where=seen, initial=-jnp.inf)
     weight = jnp.where(seen, jnp.exp(s), 0)
     total = weight.sum(-1)

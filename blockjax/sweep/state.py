@@ -11,7 +11,6 @@ from etils import epath
 from blockjax.analysis.plots import series
 from blockjax.errors import UsageError
 from blockjax.sweep.plan import Plan, PlannedRun
-from blockjax.train.config import identity
 from blockjax.train.folder import RunFolder, check_identity
 from blockjax.train.metrics import read_metrics
 
@@ -81,7 +80,7 @@ def read_state(plan: Plan, run: PlannedRun) -> RunState:
     folder = RunFolder(path, create=False)
     record = folder.read_record()
     if record is not None:
-        check_identity(record, {**record, "identity": identity(run.config)}, path)
+        check_identity(record, {**record, "config": run.config.to_dict()}, path)
     lines = read_metrics(folder.local / "metrics.jsonl")
     validated = run.steps in series(lines, BITS)[0]
     finished = validated and run.steps in ocp.utils.checkpoint_steps(folder.checkpoints)

@@ -288,6 +288,14 @@ def check_profile(span: Sequence[str | int] | None, steps: int) -> tuple[int, in
     return first, last
 
 
+def complete(recorded: dict) -> ConfigDict:
+    """A run's config as `run.json` holds it, with keys younger than the run at their defaults."""
+    config = base_config()
+    with config.unlocked():  # `check` names unknown keys
+        config.update(recorded)
+    return config
+
+
 def identity(config: ConfigDict) -> dict:
     """The part of a config that a run folder holds fast, flat: `model.depth` -> 12."""
     flat = flatten(config)

@@ -10,8 +10,9 @@ import time
 from etils import epath
 
 from blockjax.errors import UsageError
+from blockjax.train import config as configs
 
-RECORD = ("identity", "config", "tokenizer", "corpus")
+RECORD = ("config", "tokenizer", "corpus")
 
 
 class RunFolder:
@@ -100,14 +101,14 @@ def check_identity(record: dict, new: dict, path) -> None:
     """Refuses to continue a run as another one.
 
     Args:
-      record: what `run.json` holds: `identity` (flat config), `tokenizer`, `corpus`.
+      record: what `run.json` holds: `config`, `tokenizer`, `corpus`.
       new: the same of the run at hand.
 
     Raises:
       UsageError: names everything that differs with both values, or a
         tokenizer or corpus that changed behind the same name.
     """
-    old, now = record["identity"], new["identity"]
+    old, now = (configs.identity(configs.complete(r["config"])) for r in (record, new))
     differs = [k for k in sorted(old.keys() | now.keys()) if old.get(k) != now.get(k)]
     if differs:
         changes = "; ".join(f"{k} was {old.get(k)!r}, is {now.get(k)!r}" for k in differs)
@@ -120,5 +121,5 @@ def check_identity(record: dict, new: dict, path) -> None:
             was, is_now = (", ".join(f"{k} {str(v)[:12]}" for k, v in r[part].items()) for r in (record, new))
             raise UsageError(
                 f"Run folder {path} was trained with another {part}: it was {was}; it is {is_now}. "
-                "Use another folder, or bring the old one back."
+                "Bring the old one back, or train in another folder with --run=runs/NAME."
             )

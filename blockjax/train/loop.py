@@ -31,7 +31,7 @@ from blockjax.train.inspect import make_inspect_step, scalars
 from blockjax.train.log import StepLog
 from blockjax.train.run import Run, claim, padded_vocab
 from blockjax.train.state import StatePlan, TrainState, plan_state
-from blockjax.train.step import BATCH_KEYS, make_dial, make_eval_step, make_train_step
+from blockjax.train.step import BATCH_KEYS, Dial, make_dial, make_eval_step, make_train_step
 
 
 def train(
@@ -66,10 +66,8 @@ def train(
         state = checkpoints.restore(start, plan.abstract) if start else plan.make()
         placement = NamedSharding(mesh, partition_spec(("batch", "time")))
         batches = data.Loader(order, placement, start, config.run.steps, prefetch=config.run.prefetch)
-        run_step = (
-            compile_step(plan, placement, model_config, config, display) if start < config.run.steps else None
-        )
         dial, everywhere = make_dial(model_config, config.optimizer.locality_warmup), NamedSharding(mesh, P())
+        run_step = compile_step(plan, placement, dial, config, display) if start < config.run.steps else None
         run_eval = jax.jit(make_eval_step(plan.graph, dial), out_shardings=everywhere)
         run_inspect = jax.jit(make_inspect_step(plan.graph, dial), out_shardings=everywhere)
 
@@ -109,7 +107,7 @@ def open_data(
 def compile_step(
     plan: StatePlan,
     placement: NamedSharding,
-    model_config: TransformerConfig,
+    dial: Dial,
     config: ConfigDict,
     display: Display,
 ) -> jax.stages.Compiled:
@@ -119,7 +117,7 @@ def compile_step(
         plan.optimizer,
         z_loss=config.optimizer.z_loss,
         accumulate=config.run.accumulate,
-        dial=make_dial(model_config, config.optimizer.locality_warmup),
+        dial=dial,
     )
     shape = (config.data.batch_size, config.data.seq_len)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for key in BATCH_KEYS}

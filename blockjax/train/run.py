@@ -59,9 +59,7 @@ def open_run(path: str, mesh: Mesh | None = None) -> Run:
     record = folder.read_record()
     if record is None:
         raise UsageError(f"There is no run in {path}: run.json is missing. Train one with `make train`.")
-    # A run may be older than some keys; what they do by default is what it did.
-    config = configs.base_config()
-    config.update(record["config"])
+    config = configs.complete(record["config"])
     configs.check(config)
     tokenizer = data.open_tokenizer(config.data.tokenizer)
     check_identity(record, {**record, "tokenizer": describe_tokenizer(tokenizer)}, path)
@@ -124,7 +122,6 @@ def claim(
       UsageError: another identity, tokenizer or corpus; names what differs.
     """
     record = {
-        "identity": configs.identity(config),
         "config": config.to_dict(),
         "tokenizer": describe_tokenizer(tokenizer),
         "corpus": {"name": corpus.name, "digest": corpus.digest},

@@ -18,6 +18,7 @@ from jax.test_util import check_grads
 
 from blockjax.errors import UsageError
 from blockjax.masks import FAR, FULL_TAG, BlockMask, Causal, Function, Window
+from tests.jaxprs import arrays
 
 T, S = 80, 96
 BLOCKS = dict(bq=16, bk=16)
@@ -525,7 +526,7 @@ class AttentionSuite:
             )
             return jnp.sum(o) + jnp.sum(lse)
 
-        sizes = list(array_sizes(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x, ids).jaxpr))
+        sizes = [a.size for a in arrays(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x, ids).jaxpr)]
         assert len(sizes) > 200
         assert max(sizes) < n * n / 8
 
@@ -558,15 +559,3 @@ class AttentionSuite:
 
         inputs, _ = make(0, BlockMask.full(T, S, **BLOCKS))
         assert_close(*(f(i, 3, inputs) for i in (self.implementation, "reference")))
-
-
-def array_sizes(jaxpr):
-    """Sizes of all intermediate arrays of a jaxpr and those inside it."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars)
-        for parameter in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from array_sizes(inner)

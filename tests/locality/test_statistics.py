@@ -8,6 +8,7 @@ import pytest
 from blockjax.errors import UsageError
 from blockjax.locality.statistics import AttentionStatistics, attention_statistics, sample_queries
 from blockjax.masks import Causal, Everything, Function, Window
+from tests.jaxprs import arrays
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 CAUSAL = dict(predicate=Causal(), local=Window(4))
@@ -237,21 +238,9 @@ def test_no_array_of_all_pairs():
             q, k, queries=queries, segment_ids=ids, local_segment_ids=ids, slope=jnp.ones(N), **CAUSAL
         )
 
-    sizes = list(array_sizes(jax.make_jaxpr(f)(q, k, ids, jax.random.key(0)).jaxpr))
+    sizes = [a.size for a in arrays(jax.make_jaxpr(f)(q, k, ids, jax.random.key(0)).jaxpr)]
     assert len(sizes) > 50
     assert max(sizes) == B * N * r * T < T * T
-
-
-def array_sizes(jaxpr):
-    """Sizes of all intermediate arrays of a jaxpr and those inside it."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars)
-        for parameter in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from array_sizes(inner)
 
 
 def test_no_gradient():

@@ -6,8 +6,6 @@ import textwrap
 
 import pytest
 from etils import epath
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
 from blockjax.sweep.launch import launch
@@ -80,14 +78,6 @@ def sweep(config_file, tmp_path):
         return launch(spec, config, folder, **options), console.file.getvalue()
 
     return run
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Keeps gs:// in memory."""
-    filesystem = MemoryFileSystem(skip_instance_cache=True)
-    filesystem.store, filesystem.pseudo_dirs = {}, [""]
-    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: filesystem)
 
 
 @pytest.fixture

@@ -119,8 +119,8 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(sweep, tmp_path):
         steps = [line["step"] for line in metrics[name] if "train/loss" in line]
         assert steps == list(range(1, 9)), "a step is missing or written twice"
         assert f"{name} finished after" in out
-        identity = json.loads((folder / name / "run.json").read_text())["identity"]
-        assert (identity["model.pattern"], identity["seed"]) == (pattern, int(name[-1]))
+        config = json.loads((folder / name / "run.json").read_text())["config"]
+        assert (config["model"]["pattern"], config["seed"]) == (pattern, int(name[-1]))
     assert "4 runs of 2 settings, 0 finished, 4 to do" in out and "4 of 4 ended" in out
     rows = [line.split()[:2] for line in out.splitlines() if line.startswith(("full ", "window-8 "))]
     assert rows == [["full", "2/2"], ["window-8", "2/2"]]

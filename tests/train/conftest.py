@@ -7,8 +7,6 @@ import random
 
 import jax
 import pytest
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import loop
@@ -56,15 +54,6 @@ def tiny(corpus, tmp_path_factory):
         return config
 
     return make
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Keeps `gs://BUCKET/runs/` in memory; `bucket()` maps names of objects to their contents."""
-    filesystem = MemoryFileSystem(skip_instance_cache=True)
-    filesystem.store, filesystem.pseudo_dirs = {}, [""]
-    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: filesystem)
-    return lambda: {name.partition("runs/")[2]: file.getvalue() for name, file in filesystem.store.items()}
 
 
 @pytest.fixture(scope="session")

@@ -123,9 +123,7 @@ def test_profile():
 
 
 def record(config: ConfigDict, **parts) -> dict:
-    return (
-        dict(identity=configs.identity(config), tokenizer=dict(name="bytes"), corpus=dict(name="x")) | parts
-    )
+    return dict(config=config.to_dict(), tokenizer=dict(name="bytes"), corpus=dict(name="x")) | parts
 
 
 @pytest.mark.parametrize(
@@ -135,6 +133,25 @@ def record(config: ConfigDict, **parts) -> dict:
 )
 def test_a_run_may_go_on_with_other_runtime_keys(values):
     check_identity(record(base_config()), record(changed(**values)), "runs/a")
+
+
+@pytest.mark.parametrize("key", ["optimizer.query_rate", "model.depth", "data"])
+def test_a_run_older_than_a_key_goes_on_with_its_default(key):
+    old = record(base_config())
+    section, _, name = key.rpartition(".")
+    del (old["config"][section] if section else old["config"])[name]
+    check_identity(old, record(base_config()), "runs/a")
+    config = configs.complete(old["config"])
+    configs.check(config)
+    assert config.to_dict() == base_config().to_dict()
+    changed_since = record(changed(model__depth=5, optimizer__query_rate=1.0, data__seq_len=8))
+    assert key in refusal(check_identity, old, changed_since, "runs/a")
+
+
+def test_a_run_with_an_unknown_key_is_not_opened():
+    newer = base_config().to_dict()
+    newer["model"]["colour"] = "red"
+    assert "model.colour" in refusal(configs.check, configs.complete(newer))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from blockjax.errors import UsageError
 from blockjax.train import folder as module
 from blockjax.train.folder import RunFolder
 
-RECORD = {"identity": {}, "config": {}, "tokenizer": {}, "corpus": {}}
+RECORD = {"config": {}, "tokenizer": {}, "corpus": {}}
 
 
 def test_on_disk_everything_is_in_place(tmp_path):
@@ -78,7 +78,6 @@ def test_processes_that_share_no_disk_are_told(tmp_path, monkeypatch):
     from blockjax.train import run
 
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(run.configs, "identity", lambda config: {})
     named = type("Named", (), dict(name="x", digest="d", vocab_size=1, fingerprint="f"))
     with pytest.raises(UsageError, match="shared disk"):
         run.claim(RunFolder(str(tmp_path)), run.configs.base_config(), named, named)

@@ -82,4 +82,4 @@ def test_weights_add_to_one(run):
     np.testing.assert_allclose(sums, 1, rtol=1e-5)
     assert found.depth_weights.shape == (7, 3) and found.head_weights.shape == (T, 3) and len(tokens) == T
     assert all(np.shape(x) == (3, 2) for x in found.attention)
-    assert json.loads((run.folder.local / "run.json").read_text())["identity"]["model.residual"]
+    assert json.loads((run.folder.local / "run.json").read_text())["config"]["model"]["residual"]

@@ -10,6 +10,7 @@ from blockjax.train import loss
 from blockjax.train.loss import chunk_size, cross_entropy
 from blockjax.train.state import init_state
 from blockjax.train.step import BATCH_KEYS, make_train_step
+from tests.jaxprs import arrays
 from tests.models.tiny import tiny_config
 
 B, T, M, V = 3, 24, 8, 50
@@ -68,18 +69,6 @@ def test_without_targets_there_is_no_loss(inputs):
 def test_a_chunk_divides_the_sequence(tokens, vocab):
     size = chunk_size(tokens, vocab)
     assert tokens % size == 0 and (size * vocab <= loss.CHUNK_LOGITS or size == 1)
-
-
-def arrays(jaxpr):
-    """Every value that a jaxpr, or one inside it, computes."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval for variable in equation.outvars)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from arrays(inner)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
