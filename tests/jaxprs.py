@@ -1,0 +1,15 @@
+"""What a traced program computes."""
+
+import jax
+
+
+def arrays(jaxpr):
+    """Every value that a jaxpr, or one inside it, computes."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays(inner)
