@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Arguments that change what is trained.
 ARGUMENTS = {
-    "lm": ["", "350m,muon"],
+    "lm": ["350m,muon"],
     "windowed": ["window=64"],
     "locality": ["mode=segment"],
     "depth": ["blocks=2"],
@@ -71,9 +71,9 @@ def test_a_config_trains_and_reports(name, arg, data_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "only"), [("locality", "beta-5*-seed0"), ("depth", "*-seed0")])
+@pytest.mark.parametrize(("name", "only"), [("locality", "beta-5*-seed0"), ("depth", "*lock*-seed0")])
 def test_a_sweep_runs_at_smoke_size(name, only, data_dir, tmp_path):
-    """Settings of one seed, two steps each; the plan checks all others."""
+    """Three settings of one seed, two steps each; the plan checks all others."""
     quick = ["run.steps=2", "run.eval_every=0", "run.inspect=False", "run.report=False", "model.depth=3"]
     # Muon takes the longest to compile.
     quick += ["optimizer.name=adamw", "optimizer.warmup_steps=1", "data.seq_len=64"]
@@ -89,7 +89,7 @@ def test_a_sweep_runs_at_smoke_size(name, only, data_dir, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "sweep.md").read_text()
     runs = [path.parent for path in tmp_path.glob("*/metrics.jsonl")]
-    assert len(runs) == {"locality": 3, "depth": 5}[name]
+    assert len(runs) == 3
     for run in runs:
         values = read_metrics(run / "metrics.jsonl")[-1]
         assert values["step"] == 2 and 0 < values["val/bits_per_byte"] < 12

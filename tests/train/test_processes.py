@@ -93,6 +93,7 @@ def values(run, key="train/loss") -> dict[int, float]:
 def config(tiny):
     # Two processes on one machine take a tenth of a second for each collective: one layer, few steps.
     config = tiny(run__steps=7, run__checkpoint_every=3, run__log_every=2, run__eval_sequences=8)
+    config.run.inspect = False
     config.model.update(depth=1, pattern="8")
     return config
 
@@ -150,6 +151,7 @@ def test_two_processes(config, alone, tmp_path):
         assert values(whole, "train/visible_pairs") == values(other, "train/visible_pairs")
 
     # Killed and continued, it is the same run bit for bit.
+    config.run.report = False
     again = tmp_path / "again"
     saved = again / "checkpoints" / "3"
     outputs = launch(config, again, processes=2, devices=4, stop_at=5, signal=9, after=saved)
