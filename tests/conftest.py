@@ -27,3 +27,11 @@ def bucket(monkeypatch):
     filesystem.store, filesystem.pseudo_dirs = {}, [""]
     monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: filesystem)
     return lambda: {name.partition("runs/")[2]: file.getvalue() for name, file in filesystem.store.items()}
+
+
+@pytest.fixture
+def dense_attention(monkeypatch):
+    """For tests of something else: models compile in a third less time."""
+    from blockjax.kernels.block_sparse_attention import api, reference
+
+    monkeypatch.setattr(api, "BACKENDS", {"reference": reference})

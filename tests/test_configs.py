@@ -16,6 +16,8 @@ from blockjax.train import loop
 from blockjax.train.config import load_config
 from blockjax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("dense_attention")
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Arguments that change what is trained.

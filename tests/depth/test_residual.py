@@ -13,6 +13,8 @@ from blockjax.errors import UsageError
 from blockjax.models import Transformer
 from tests.models.tiny import random_params, tiny_config
 
+pytestmark = pytest.mark.usefixtures("dense_attention")
+
 DEPTH, T = 3, 12
 SUBLAYERS = 2 * DEPTH
 

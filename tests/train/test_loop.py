@@ -12,6 +12,8 @@ from blockjax.train.folder import RunFolder
 from blockjax.train.metrics import read_metrics
 from blockjax.train.run import open_run
 
+pytestmark = pytest.mark.usefixtures("dense_attention")
+
 
 def lines_of(folder, key) -> dict[int, float]:
     return {line["step"]: line[key] for line in read_metrics(folder / "metrics.jsonl") if key in line}

@@ -11,6 +11,8 @@ from blockjax.train.checkpoint import Checkpoints
 from blockjax.train.folder import RunFolder
 from blockjax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("dense_attention")
+
 EXACT = ("train/loss", "train/grad_norm", "train/visible_pairs", "val/loss", "val/bits_per_byte")
 
 
