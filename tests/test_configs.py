@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Arguments that change what is trained.
 ARGUMENTS = {
-    "lm": ["350m,muon"],
+    "lm": ["", "350m,muon"],
     "windowed": ["window=64"],
     "locality": ["mode=segment"],
     "depth": ["blocks=2"],

@@ -289,11 +289,14 @@ def check_profile(span: Sequence[str | int] | None, steps: int) -> tuple[int, in
 
 
 def complete(recorded: dict) -> ConfigDict:
-    """A run's config as `run.json` holds it, with keys younger than the run at their defaults."""
-    config = base_config()
-    with config.unlocked():  # `check` names unknown keys
-        config.update(recorded)
-    return config
+    """A run's config as `run.json` holds it, with keys younger than the run at their defaults.
+
+    A section that is missing altogether stays missing, for `check` to name: the record is damaged.
+    """
+    defaults = base_config().to_dict()
+    return ConfigDict(
+        {name: defaults.get(name, {}) | x if isinstance(x, dict) else x for name, x in recorded.items()}
+    )
 
 
 def identity(config: ConfigDict) -> dict:

@@ -93,7 +93,6 @@ def values(run, key="train/loss") -> dict[int, float]:
 def config(tiny):
     # Two processes on one machine take a tenth of a second for each collective: one layer, few steps.
     config = tiny(run__steps=7, run__checkpoint_every=3, run__log_every=2, run__eval_sequences=8)
-    config.run.inspect = False
     config.model.update(depth=1, pattern="8")
     return config
 

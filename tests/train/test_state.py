@@ -1,8 +1,11 @@
 import jax
 import pytest
 
+from blockjax.errors import UsageError
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import config as configs
+from blockjax.train.folder import RunFolder
+from blockjax.train.run import open_run
 from blockjax.train.state import plan_state
 
 
@@ -29,3 +32,13 @@ def test_moments_live_where_their_parameters_live(tiny, optimizer):
     assert moments >= len(params)
     matrices = [leaf for name, leaf in params.items() if "gain" not in name]
     assert all(not leaf.sharding.is_fully_replicated for leaf in matrices)
+
+
+@pytest.mark.parametrize("missing", ["data", "model"])
+def test_a_record_of_another_version_is_refused(tiny, tmp_path, missing):
+    config = tiny().to_dict()
+    del config[missing]
+    folder = RunFolder(str(tmp_path))
+    folder.write_record({"config": config, "tokenizer": {}, "corpus": {}})
+    with pytest.raises(UsageError, match=f"lacks '{missing}"):
+        open_run(str(tmp_path))
