@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention import reference, xla
+from blockjax.kernels.block_sparse_attention import reference, tpu, xla
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
 from blockjax.kernels.platforms import target_platform
 from jaxtyping import Array, Float, Int
@@ -15,7 +15,7 @@ from blockjax import partials
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Ranges
 
-BACKENDS = {"xla": xla, "reference": reference}
+BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference}
 """Fastest first: `implementation=None` takes the first that supports the call."""
 
 

@@ -1,0 +1,128 @@
+"""NVIDIA Hopper through Pallas Mosaic GPU: what it serves, its tiles, and its gradient.
+
+The kernels are in `hopper_forward` and `hopper_backward`; they import Mosaic GPU, which this module does only
+when it is called.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+
+from blockjax.masks import Ranges
+from blockjax.masks.predicates import is_concrete
+
+TILE = 128
+"""Blocks of this size or a multiple of it fill a thread block."""
+
+BLOCKS = (16, 32, 64, 128, 256, 512)
+HEAD_DIMS = (64, 128, 192, 256)
+
+
+class Tiles(NamedTuple):
+    """Tokens a step and steps in flight of each kernel."""
+
+    forward: tuple[int, int]
+    query: tuple[int, int]
+    key: tuple[int, int]
+
+
+TILES = {
+    64: Tiles((128, 3), (128, 2), (64, 4)),
+    128: Tiles((128, 2), (128, 2), (64, 3)),
+    192: Tiles((64, 2), (64, 2), (64, 2)),
+    256: Tiles((64, 2), (64, 1), (64, 2)),
+}
+"""By the larger head dim."""
+
+
+def supports(spec: Spec) -> str | None:
+    if spec.platform != "gpu" or not spec.hopper:
+        return "it needs an NVIDIA Hopper GPU (H100, H200)"
+    if spec.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16, not {spec.dtype}"
+    if spec.H not in HEAD_DIMS or spec.Hv not in HEAD_DIMS:
+        return f"head dims must be in {HEAD_DIMS}, got {spec.H} and {spec.Hv}"
+    for name, block in (("bq", spec.bq), ("bk", spec.bk)):
+        if block not in BLOCKS:
+            return f"block sizes must be in {BLOCKS}, got {name}={block}"
+    return None
+
+
+def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
+    """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
+    mask = inputs.mask
+    if isinstance(mask, Ranges):
+        # Nothing is stored, so the finest tiles are free.
+        inputs = inputs._replace(mask=replace(mask, bq=min(mask.bq, TILE), bk=min(mask.bk, TILE)))
+    leaves, tree = jax.tree.flatten(inputs.mask)
+    known = tuple(x if is_concrete(x) else None for x in leaves)
+    traced = tuple(x for x in leaves if not is_concrete(x))
+    return _attend(_Static(scale, soft_cap, tree, known), inputs._replace(mask=traced))
+
+
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """What a call knows while it is traced: also the mask's known leaves, so that their walks are constants."""
+
+    scale: float
+    soft_cap: float | None
+    tree: Any
+    known: tuple
+
+    def whole(self, inputs: Inputs) -> Inputs:
+        """With the mask put together again."""
+        traced = iter(inputs.mask)
+        leaves = [next(traced) if x is None else x for x in self.known]
+        return inputs._replace(mask=jax.tree.unflatten(self.tree, leaves))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, inputs: Inputs):
+    return _forward(static, inputs)[0]
+
+
+def _forward(static, inputs):
+    from blockjax.kernels.block_sparse_attention import hopper_forward, hopper_tiles
+
+    call, operands, tiles = _prepare(static, inputs)
+    steps = hopper_tiles.Steps(*tiles.forward, call.bk)
+    o, lse = hopper_forward.forward(call, operands(steps), steps)
+    return (o, lse), (inputs, o, lse)
+
+
+def _backward(static, residuals, cotangents):
+    from blockjax.kernels.block_sparse_attention import hopper_backward, hopper_tiles
+
+    inputs, o, lse = residuals
+    do, dlse = cotangents
+    call, operands, tiles = _prepare(static, inputs)
+    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
+    # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper_tiles.LOG2_E)
+
+    steps = hopper_tiles.Steps(*tiles.query, call.bk)
+    held = hopper_backward.Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
+    dq, dslope = hopper_backward.query_gradient(call, operands(steps), held, steps)
+
+    steps = hopper_tiles.Steps(*tiles.key, call.bq)
+    moving = hopper_backward.Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
+    dk, dv = hopper_backward.key_gradients(call, operands(steps, transposed=True), moving, steps)
+    if dslope is not None:
+        dslope = dslope.sum((0, 2)).astype(inputs.slope.dtype)
+    return (Inputs(q=dq, k=dk, v=dv, mask=None, slope=dslope),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _prepare(static: _Static, inputs: Inputs):
+    """The call, a function that gives a kernel's operands from its steps, and the tiles."""
+    from blockjax.kernels.block_sparse_attention import hopper_call
+
+    inputs = static.whole(inputs)
+    call = hopper_call.Call.of(inputs, static.scale, static.soft_cap)
+    return call, functools.partial(hopper_call.operands, call, inputs), TILES[max(call.H, call.Hv)]

@@ -1,0 +1,362 @@
+"""Backward on Hopper: two kernels, neither with atomics, so that gradients are equal bit for bit in every run.
+
+dQ: a CTA holds query rows and moves along their walk. dK and dV: a CTA holds keys and moves along their
+transposed walks, one of each query head of the group. Both recompute the probabilities from `lse`: seven
+products a tile, where a fused kernel has five but must add tiles of dQ in memory.
+
+Formulas: FlashAttention-2, arXiv:2307.08691, algorithm 2, with delta = sum(do o) - dlse.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.hopper_call import Call, Operands
+from blockjax.kernels.block_sparse_attention.hopper_forward import copy_ring
+from blockjax.kernels.block_sparse_attention.hopper_tiles import (
+    ROW,
+    WG_ROWS,
+    WGMMA,
+    Order,
+    Plane,
+    Steps,
+    gather,
+    held_slope,
+    held_tokens,
+    moving_tokens,
+    run,
+    tags,
+    tiled,
+    visits,
+)
+from jax import lax
+
+
+class Cotangents(NamedTuple):
+    """`do` [B, T, N, Hv]; `lse` in units of ln 2, +inf where a row sees nothing, and `delta`, float32.
+
+    The last two are `[B, groups, units, 64]` for the rows that dQ holds, and `[B, N, tokens]`, padded as a
+    moving side, for dK and dV.
+    """
+
+    do: Any
+    lse: Any
+    delta: Any
+
+
+class QueryShared(NamedTuple):
+    q: Any
+    do: Any
+    k: Any
+    v: Any
+    dslope: Any
+    ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+
+
+def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps: Steps):
+    """`dq` [B, T, N, H] in q's dtype, and the gradient of each row's slope [B, N, T] if there is a bias."""
+    rows, H, Hv = call.held, call.H, call.Hv
+    units = rows.units(call.T)
+    tiles, groups = units * rows.tokens // rows.cta_tokens, call.N // rows.cta_heads
+    order = Order.of(tiles, call.B * groups, call.S * (H + Hv) * 2 * call.K // groups)
+    plane = Plane((WG_ROWS, steps.tokens), q_axis=0)
+
+    def kernel(inputs, dq_ref, dslope_ref, shared):
+        operands, cotangents = inputs
+        group, tile = order()
+        batch, head = lax.div(group, groups), lax.rem(group, groups) * rows.cta_heads
+        first = (tiles - 1 - tile) * rows.cta_tokens
+        listed = visits(operands.walk, batch, head, lax.div(first, call.bq), call.N, steps)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < rows.wgs)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            own, own_head = rows.share(wg, first, head)
+            q, do = shared.q.at[wg], shared.do.at[wg]
+            for source, target in ((operands.q, q), (cotangents.do, do)):
+                for ref, piece in rows.pieces(source, target, batch, own, own_head):
+                    plgpu.copy_gmem_to_smem(ref, piece, shared.ready.at[wg])
+            where = batch, lax.div(own_head, rows.heads), lax.div(own, rows.tokens)
+            lse, delta = (
+                plgpu.load(x.at[*where], layout=ROW, optimized=False)
+                for x in (cotangents.lse, cotangents.delta)
+            )
+            mask = call.mask(operands.scalars)
+            queries = held_tokens(operands.q_side, rows, batch, own, mask.q_offset)
+            slope = held_slope(operands.slope, rows, own_head)
+
+            def step(s, carry, partial):
+                acc, dslope = carry
+                slot = steps.slot(s)
+                plgpu.barrier_wait(shared.k_ready.at[slot])
+
+                def products(z, dp):
+                    plgpu.wgmma(z, q, shared.k.at[slot].T)
+                    plgpu.barrier_wait(shared.v_ready.at[slot])
+                    plgpu.wgmma(dp, do, shared.v.at[slot].T)
+                    return plgpu.wgmma_accumulator_load(z, wait_n=1), dp[...]
+
+                z, dp = pl.run_scoped(products, *[plgpu.ACC(plane.shape, jnp.float32)] * 2)
+                plgpu.barrier_arrive(shared.v_free.at[slot])
+                penalty = None
+                if partial or slope is not None:
+                    pieces = listed(s)
+                    keys = moving_tokens(operands.k_side, steps, pieces, batch, mask.kv_offset)
+                if slope is not None:
+                    distance = plane.distance(queries, keys)
+                    penalty = plane.of_query(slope) * distance
+                z, c, dcap = call.scores(z, penalty)
+                p = jnp.exp2(z * c - plane.of_query(lse))
+                if partial:
+                    limit = call.key_limit(steps.gathered)
+                    seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limit)
+                    p = p if seen is None else jnp.where(seen, p, 0.0)
+                dz = p * (dp - plane.of_query(delta))
+                if slope is not None:
+                    dslope -= jnp.sum(dz * distance, axis=1)
+                dz = (dz if dcap is None else dz * dcap).astype(call.dtype)
+                acc = pl.run_state(lambda acc: plgpu.wgmma(acc, dz, shared.k.at[slot]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(shared.k_free.at[slot])
+                return acc, dslope
+
+            plgpu.barrier_wait(shared.ready.at[wg])
+            acc = plgpu.layout_cast(jnp.zeros((WG_ROWS, H), jnp.float32), WGMMA)
+            dslope = None
+            if slope is not None:
+                dslope = plgpu.layout_cast(jnp.zeros((WG_ROWS,), jnp.float32), ROW)
+            carry = lax.fori_loop(0, listed.partial, functools.partial(step, partial=True), (acc, dslope))
+            carry = lax.fori_loop(listed.partial, listed.total, functools.partial(step, partial=False), carry)
+            acc, dslope = carry
+            q[...] = (acc * call.scores.scale).astype(call.dtype)
+            if slope is not None:
+                shared.dslope[wg] = dslope
+            plgpu.commit_smem()
+            for ref, piece in rows.pieces(dq_ref, q, batch, own, own_head):
+                plgpu.copy_smem_to_gmem(piece, ref)
+            if slope is not None:
+                plgpu.copy_smem_to_gmem(shared.dslope.at[wg], dslope_ref.at[*where])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(wg == rows.wgs)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            key_head = lax.div(head, call.G)
+            copy_ring(
+                steps,
+                listed,
+                (operands.k.at[batch, :, key_head], shared.k, shared.k_ready, shared.k_free),
+                (operands.v.at[batch, :, key_head], shared.v, shared.v_ready, shared.v_free),
+            )
+
+    bias = operands.slope is not None
+    ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
+    shared = QueryShared(
+        q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
+        do=tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
+        k=tiled((steps.buffers, steps.tokens, H), call.dtype),
+        v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
+        dslope=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32) if bias else None,
+        ready=plgpu.Barrier(num_arrivals=2 * rows.heads, num_barriers=rows.wgs),
+        k_ready=ring(num_arrivals=steps.gathered),
+        v_ready=ring(num_arrivals=steps.gathered),
+        k_free=ring(num_arrivals=rows.wgs),
+        v_free=ring(num_arrivals=rows.wgs),
+    )
+    per_row = jax.ShapeDtypeStruct((call.B, call.N // rows.heads, units, WG_ROWS), jnp.float32)
+    out = jax.ShapeDtypeStruct((call.B, call.T, call.N, H), call.dtype), per_row if bias else None
+    dq, dslope = run(kernel, out, shared, order.ctas, rows.wgs, (operands, cotangents))
+    return dq, None if dslope is None else rows.restore(dslope, call.T)
+
+
+class KeyShared(NamedTuple):
+    k: Any
+    v: Any
+    q: Any
+    do: Any
+    ready: Any
+    q_ready: Any
+    do_ready: Any
+    q_free: Any
+    do_free: Any
+
+
+def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps: Steps):
+    """`dk` [B, S, K, H] and `dv` [B, S, K, Hv] in q's dtype, summed over the query heads of a group.
+
+    Scores are transposed here: keys are rows. Where both sums do not fit the registers of a warpgroup, each
+    warpgroup holds the same keys and one sums dk, the other dv.
+    """
+    H, Hv = call.H, call.Hv
+    split, rows = call.split_keys, call.held_keys
+    tiles = rows.units(call.S) * rows.tokens // rows.cta_tokens
+    wgs = 2 if split else rows.wgs
+    order = Order.of(tiles, call.B * call.K, call.G * call.T * (H + Hv) * 2)
+    plane = Plane((WG_ROWS, steps.tokens), q_axis=1)
+
+    def kernel(inputs, dk_ref, dv_ref, shared):
+        operands, cotangents = inputs
+        group, tile = order()
+        batch, key_head = lax.div(group, call.K), lax.rem(group, call.K)
+        first = tile * rows.cta_tokens
+        wg = lax.axis_index("wg")
+
+        def listed_by(g):
+            row = lax.div(first, call.bk)
+            return visits(operands.walk, batch, key_head * call.G + g, row, call.N, steps)
+
+        def multiply(own, which, want_dk, want_dv):
+            """The gradients of the 64 keys from `own` on, in buffers number `which`."""
+            k, v = shared.k.at[which], shared.v.at[which]
+            here = pl.ds(own, rows.tokens)
+            mask = call.mask(operands.scalars)
+            keys = held_tokens(operands.k_side, rows, batch, own, mask.kv_offset)
+
+            def accumulate(*sums):
+                sums = iter(sums)
+                dk, dv = (next(sums) if want else None for want in (want_dk, want_dv))
+
+                def head(g, before):
+                    listed, n = listed_by(g), key_head * call.G + g
+                    slope = None if operands.slope is None else operands.slope[n]
+
+                    def step(s, _, partial):
+                        slot = steps.slot(before + s)
+                        pieces = listed(s)
+                        lse, delta = (
+                            gather(steps, pieces, lambda here, x=x: x.at[batch, n, here])
+                            for x in (cotangents.lse, cotangents.delta)
+                        )
+                        plgpu.barrier_wait(shared.q_ready.at[slot])
+
+                        def product(z):
+                            plgpu.wgmma(z, k, shared.q.at[slot].T)
+                            return z[...]
+
+                        z = pl.run_scoped(product, plgpu.ACC(plane.shape, jnp.float32))
+                        penalty = None
+                        if partial or slope is not None:
+                            queries = moving_tokens(operands.q_side, steps, pieces, batch, mask.q_offset)
+                        if slope is not None:
+                            penalty = slope * plane.distance(queries, keys)
+                        z, c, dcap = call.scores(z, penalty)
+                        p = jnp.exp2(z * c - plane.of_query(lse))
+                        if partial:
+                            limit = call.key_limit(gathered=1)
+                            seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limit)
+                            p = p if seen is None else jnp.where(seen, p, 0.0)
+                        plgpu.barrier_wait(shared.do_ready.at[slot])
+
+                        def mix(dp):
+                            plgpu.wgmma(dp, v, shared.do.at[slot].T)
+                            if want_dv:
+                                plgpu.wgmma(dv, p.astype(call.dtype), shared.do.at[slot])
+                            # dp is taken while dv is still being added to.
+                            return plgpu.wgmma_accumulator_load(dp, wait_n=int(want_dv))
+
+                        if want_dk:
+                            dp = pl.run_scoped(mix, plgpu.ACC(plane.shape, jnp.float32))
+                            dz = p * (dp - plane.of_query(delta))
+                            dz = dz if dcap is None else dz * dcap
+                            plgpu.wgmma(dk, dz.astype(call.dtype), shared.q.at[slot])
+                            if want_dv:
+                                plgpu.wgmma_wait(1)
+                            plgpu.barrier_arrive(shared.do_free.at[slot])
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(shared.q_free.at[slot])
+                        else:
+                            plgpu.barrier_arrive(shared.q_free.at[slot])
+                            plgpu.wgmma(dv, p.astype(call.dtype), shared.do.at[slot])
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(shared.do_free.at[slot])
+
+                    lax.fori_loop(0, listed.partial, functools.partial(step, partial=True), None)
+                    lax.fori_loop(listed.partial, listed.total, functools.partial(step, partial=False), None)
+                    return before + listed.total
+
+                lax.fori_loop(0, call.G, head, 0)
+                return [x[...] for x in (dk, dv) if x is not None]
+
+            widths = [width for width, want in ((H, want_dk), (Hv, want_dv)) if want]
+            sums = iter(
+                pl.run_scoped(accumulate, *(plgpu.ACC((WG_ROWS, width), jnp.float32) for width in widths))
+            )
+            if split:
+                # The other warpgroup may still be reading the keys and values that this one would overwrite.
+                plgpu.barrier_arrive(shared.ready.at[1])
+                plgpu.barrier_wait(shared.ready.at[1])
+            if want_dk:
+                k[...] = (next(sums) * call.scores.scale).astype(call.dtype)
+            if want_dv:
+                v[...] = next(sums).astype(call.dtype)
+            plgpu.commit_smem()
+            own_rows = pl.ds(0, rows.tokens)
+            if want_dk:
+                plgpu.copy_smem_to_gmem(k.at[own_rows], dk_ref.at[batch, here, key_head])
+            if want_dv:
+                plgpu.copy_smem_to_gmem(v.at[own_rows], dv_ref.at[batch, here, key_head])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(wg < wgs)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            which = 0 if split else wg
+            own = first if split else first + wg * WG_ROWS
+
+            def load():
+                here = pl.ds(own, rows.tokens)
+                for source, target in ((operands.k, shared.k), (operands.v, shared.v)):
+                    plgpu.copy_gmem_to_smem(
+                        source.at[batch, here, key_head],
+                        target.at[which, pl.ds(0, rows.tokens)],
+                        shared.ready.at[which],
+                    )
+
+            if split:
+                pl.when(wg == 0)(load)
+                plgpu.barrier_wait(shared.ready.at[0])
+                pl.when(wg == 0)(lambda: multiply(own, 0, True, False))
+                pl.when(wg == 1)(lambda: multiply(own, 0, False, True))
+            else:
+                load()
+                plgpu.barrier_wait(shared.ready.at[wg])
+                multiply(own, wg, True, True)
+
+        @pl.when(wg == wgs)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def head(g, before):
+                listed, n = listed_by(g), key_head * call.G + g
+                copy_ring(
+                    steps,
+                    listed,
+                    (operands.q.at[batch, :, n], shared.q, shared.q_ready, shared.q_free),
+                    (cotangents.do.at[batch, :, n], shared.do, shared.do_ready, shared.do_free),
+                    before=before,
+                )
+                return before + listed.total
+
+            lax.fori_loop(0, call.G, head, 0)
+
+    ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
+    shared = KeyShared(
+        k=tiled((rows.wgs, WG_ROWS, H), call.dtype),
+        v=tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
+        q=tiled((steps.buffers, steps.tokens, H), call.dtype),
+        do=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
+        ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        q_ready=ring(num_arrivals=steps.gathered),
+        do_ready=ring(num_arrivals=steps.gathered),
+        q_free=ring(num_arrivals=wgs),
+        do_free=ring(num_arrivals=wgs),
+    )
+    out = tuple(jax.ShapeDtypeStruct((call.B, call.S, call.K, width), call.dtype) for width in (H, Hv))
+    return run(kernel, out, shared, order.ctas, wgs, (operands, cotangents))

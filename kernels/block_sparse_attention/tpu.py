@@ -1,0 +1,317 @@
+"""Pallas Mosaic TPU: the kernels of `tpu_kernels.py` called on arrays laid out for them.
+
+Heads that share their lists are packed into one tile of rows where blocks of queries are small; heads move
+before tokens and ragged lengths are padded in the same copy.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blockjax.kernels.block_sparse_attention import plan, tpu_layout
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.block_sparse_attention.tpu_layout import (
+    MIB,
+    SCALAR_MEMORY,
+    VECTOR_MEMORY,
+    Side,
+    Stream,
+    list_window,
+    scalar_memory,
+)
+from blockjax.kernels.platforms import vary, varying_axes
+
+from blockjax.errors import UsageError
+
+INTERPRET = None
+"""True, or `pltpu.InterpretParams`, to run the kernels on CPU: for tests."""
+
+KERNELS = ("forward", "dq", "dkv")
+PER_ROW = None, jnp.float32
+"""An output of one number per row, along lanes, instead of (width, dtype)."""
+
+
+def supports(spec: Spec) -> str | None:
+    if spec.platform != "tpu" and INTERPRET is None:
+        return f"it runs on TPUs, not on {spec.platform}"
+    if tpu_layout.chip() is None:
+        return f"it has tiles for {', '.join(tpu_layout.TILES)} and no other TPU"
+    if spec.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"TPUs multiply bfloat16 and float32, not {spec.dtype}"
+    for kernel in KERNELS:
+        if tpu_layout.tile(kernel, spec.H, spec.Hv, spec.dtype) is None:
+            least = tpu_layout.vector_memory(kernel, 128, 128, spec.H, spec.Hv, spec.dtype)
+            return (
+                f"head sizes {spec.H} and {spec.Hv} need {least / MIB:.1f} MiB of vector memory, of "
+                f"{VECTOR_MEMORY / MIB:.0f}, even in tiles of 128x128"
+            )
+    nq, nk = -(-spec.T // spec.bq), -(-spec.S // spec.bk)
+    entries = 2 * list_window(max(nq, nk)) if spec.form == "lists" else 0
+    needed = scalar_memory(max(nq, nk), entries)
+    if needed > SCALAR_MEMORY:
+        return (
+            f"walks of {nq} by {nk} blocks need {needed / MIB:.2f} MiB of scalar memory, of "
+            f"{SCALAR_MEMORY / MIB:.2f}; larger blocks need less"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Options:
+    scale: float
+    soft_cap: float | None
+
+
+def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
+    """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
+    for leaf in jax.tree.leaves(inputs.mask.predicates):
+        if np.shape(leaf) != ():
+            raise UsageError(f"A predicate's values must be scalars on TPU, got shape {np.shape(leaf)}.")
+    axes = varying_axes(inputs)
+    walk = plan.rows(inputs)
+    return _attend(
+        _Options(scale, soft_cap), *jax.tree.map(lambda x: vary(jnp.asarray(x), axes), (inputs, walk))
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: _Options, inputs: Inputs, walk: plan.Walk):
+    return _forward(options, inputs, walk)[0]
+
+
+def _forward(options, inputs, walk):
+    launch = _Launch("forward", options, inputs, walk)
+    out = launch(
+        anchors=dict(q=launch.queries(inputs.q)),
+        streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
+        outputs=dict(o=(inputs.v.shape[-1], inputs.q.dtype), lse=PER_ROW),
+    )
+    o, lse = launch.q.unlay(out["o"]), launch.per_token(out["lse"])
+    return (o, lse), (inputs, walk, o, lse)
+
+
+def _backward(options, residuals, cotangents):
+    inputs, walk, o, lse = residuals
+    do, dlse = cotangents
+    # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2))
+    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
+    stats = (lse.swapaxes(1, 2), jnp.inf), (delta.swapaxes(1, 2), 0)
+    H, Hv = inputs.q.shape[-1], inputs.v.shape[-1]
+
+    launch = _Launch("dq", options, inputs, walk)
+    out = launch(
+        anchors=dict(q=launch.queries(inputs.q), do=launch.queries(do), stats=launch.q.lanes(*stats)),
+        streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
+        outputs=dict(dq=(H, inputs.q.dtype), **({} if inputs.slope is None else dict(dslope=PER_ROW))),
+    )
+    dq = launch.q.unlay(out["dq"])
+    dslope = None if inputs.slope is None else launch.per_token(out["dslope"]).sum((0, 2))
+
+    axes = varying_axes(inputs)
+    columns = jax.tree.map(lambda x: vary(x, axes), plan.columns(inputs))
+    launch = _Launch("dkv", options, inputs, columns)
+    out = launch(
+        anchors=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
+        streams=dict(q=launch.queries(inputs.q), do=launch.queries(do), stats=launch.q.lanes(*stats)),
+        outputs=dict(dk=(H, inputs.k.dtype), dv=(Hv, inputs.v.dtype)),
+    )
+    dk, dv = launch.k.unlay(out["dk"]), launch.k.unlay(out["dv"])
+    return Inputs(q=dq, k=dk, v=dv, mask=None, slope=dslope), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+class _Launch:
+    """One kernel on one call's arrays."""
+
+    def __init__(self, name: str, options: _Options, inputs: Inputs, walk: plan.Walk):
+        from blockjax.kernels.block_sparse_attention import tpu_kernels
+
+        self.name, self.inputs, self.walk = name, inputs, walk
+        self.kernel = dict(
+            forward=tpu_kernels.Forward, dq=tpu_kernels.QueryGradient, dkv=tpu_kernels.KeyGradient
+        )[name]
+        mask, ranges, keys_stay = inputs.mask, isinstance(walk, plan.RangeWalk), name == "dkv"
+        _, T, N, H = inputs.q.shape
+        _, S, K, Hv = inputs.v.shape
+        rows = tpu_layout.tile(name, H, Hv, inputs.q.dtype)
+        own_lists = mask.lists_shape[1] == N
+        self.q = Side.of(T, mask.bq, N, 1 if own_lists else N // K, rows[keys_stay])
+        self.k = Side.of(S, mask.bk, K, 1, rows[not keys_stay])
+        self.anchor, stream = (self.k, self.q) if keys_stay else (self.q, self.k)
+        self.stream = Stream.of(stream, rows[1], consecutive=ranges)
+        leaves, predicates = jax.tree.flatten(mask.predicates)
+        self.numbers, scalars = _scalars(mask, leaves, inputs.slope)
+        near = ranges or tpu_layout.lists_fit(self.anchor.blocks, walk.entries.size)
+        longest = 0 if ranges else min(walk.entries.shape[-1], stream.blocks)
+        self.call = tpu_kernels.Call(
+            anchor=self.anchor,
+            stream=self.stream,
+            anchor_is_keys=keys_stay,
+            inner=self.q.heads // K if keys_stay else 1,
+            rows=self.anchor.blocks,
+            ranges=ranges,
+            window=0 if near else list_window(longest),
+            lists=(walk.bounds.shape[0], 1) if ranges else walk.start.shape[:2],
+            list_length=0 if ranges else walk.entries.shape[-1],
+            predicates=predicates,
+            scalars=scalars,
+            scale=options.scale,
+            soft_cap=options.soft_cap,
+            bias=inputs.slope is not None,
+            positions=inputs.q_positions is not None,
+            segments=inputs.q_segment_ids is not None,
+            sum_in_product=tpu_layout.chip() in tpu_layout.WIDE and Hv % 256 == 128,
+        )
+
+    def queries(self, x):
+        return self.q.lay(x)
+
+    def keys(self, x):
+        return self.k.lay(x)
+
+    def per_token(self, x):
+        """From one number per row, `[B, heads, units, 1, lanes]`, to `[B, N, T]`."""
+        x = x[..., 0, : self.q.part]
+        x = x.reshape(*x.shape[:2], self.q.blocks * self.q.rows, 1)
+        return self.q.unlay(x)[..., 0].swapaxes(1, 2)
+
+    def ids(self):
+        """Positions and segment ids of the anchor and of the stream, along lanes; None if there are none."""
+        x, fills = self.inputs, (0, -1)
+        sides = (self.q, x.q_positions, x.q_segment_ids), (self.k, x.kv_positions, x.kv_segment_ids)
+        if x.q_positions is None and x.q_segment_ids is None:
+            return None, None
+
+        def laid(side, *ids):
+            ids = [(i, fill) for i, fill in zip(ids, fills, strict=True) if i is not None]
+            B = max(len(i) for i, _ in ids)
+            return side.lanes(*((jnp.broadcast_to(i, (B, side.length))[..., None], fill) for i, fill in ids))
+
+        q, k = (laid(*side) for side in sides)
+        return (k, q) if self.call.anchor_is_keys else (q, k)
+
+    def table(self):
+        """[lists, 1, fields * rows] int32."""
+        n = self.call.rows
+        padded = self.k.block != self.k.padded
+        if self.call.ranges:
+            lo, full_lo, full_hi, hi = jnp.moveaxis(self.walk.bounds, 1, 0)
+            fields = (lo, hi, hi, hi) if padded else (lo, full_lo, full_hi, hi)
+        else:
+            _, start, partial, total = self.walk
+            fields = start, total if padded else partial, total
+        return jnp.stack(fields, -2).reshape(-1, 1, len(fields) * n)
+
+    def __call__(self, anchors: dict, streams: dict, outputs: dict) -> dict:
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+
+        call, anchor, stream = self.call, self.anchor, self.stream
+        here, there = self.ids()
+        if here is not None:
+            anchors, streams = dict(anchors, anchor_ids=here), dict(streams, stream_ids=there)
+        streams = {name: stream.extend(x) for name, x in streams.items()}
+
+        def block(x):
+            """The anchor's rows, `[B | 1, heads | 1, rows, D]`, or its unit, `[.., units, n, lanes]`."""
+            tile = (anchor.part,) if x.ndim == 4 else (None, x.shape[3])
+            batches, heads = x.shape[:2]
+
+            def index(b, h, tile, turn):
+                return b if batches > 1 else 0, h if heads > 1 else 0, tile, *[0] * (x.ndim - 3)
+
+            return pl.BlockSpec((None, None, *tile, x.shape[-1]), index)
+
+        def table_block(ahead):
+            b_lists, h_lists = call.lists
+            heads = anchor.heads * call.inner if call.anchor_is_keys else anchor.heads
+
+            def index(b, h, tile, turn):
+                turn = (turn + ahead) % call.inner
+                head = h * call.inner + turn if call.anchor_is_keys else h
+                return (b if b_lists > 1 else 0) * h_lists + head * h_lists // heads, 0, 0
+
+            return pl.BlockSpec((None, 1, table.shape[-1]), index, memory_space=pltpu.SMEM)
+
+        table = self.table()
+        scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
+        far = pl.BlockSpec(memory_space=pltpu.HBM)
+        arrays = dict(table=table, following=table, **self.numbers, **anchors, **streams)
+        specs = dict(
+            table=table_block(0), following=table_block(1), **{name: scalar for name in self.numbers}
+        )
+        specs |= {name: block(x) for name, x in anchors.items()} | {name: far for name in streams}
+        scratch = dict(phase=pltpu.SMEM((1,), jnp.int32), sems=pltpu.SemaphoreType.DMA((2,)))
+        if not call.ranges:
+            arrays["entries"] = self.walk.entries.reshape(-1)
+            specs["entries"] = scalar
+            if call.window:
+                arrays["entries"] = jnp.pad(arrays["entries"], (0, call.window))
+                specs["entries"] = far
+                scratch["window"] = pltpu.SMEM((2 * call.window,), jnp.int32)
+                scratch["list_sems"] = pltpu.SemaphoreType.DMA((2,))
+        for name, x in streams.items():
+            tile = (stream.slots, *x.shape[3:]) if x.ndim == 5 else (stream.rows, x.shape[-1])
+            scratch[f"{name}_buffers"] = pltpu.VMEM((2, *tile), x.dtype)
+        if here is not None:
+            scratch["columns"] = pltpu.VMEM((here.shape[3], anchor.part, 128), jnp.int32)
+        scratch |= {name: pltpu.VMEM(*x) for name, x in self.kernel.scratch(call, *self.widths()).items()}
+
+        manual = jax.typeof(self.inputs.q).manual_axis_type
+        out_shapes = {}
+        for name, (width, dtype) in outputs.items():
+            rows = (
+                (anchor.units, 1, max(anchor.part, 128))
+                if width is None
+                else (anchor.blocks * anchor.rows, width)
+            )
+            shape = self.inputs.q.shape[0], anchor.heads, *rows
+            out_shapes[name] = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+
+        def kernel(*refs):
+            self.kernel(call, dict(zip([*arrays, *out_shapes, *scratch], refs, strict=True))).run()
+
+        run = pl.pallas_call(
+            kernel,
+            grid=(self.inputs.q.shape[0], anchor.heads, anchor.units, call.inner),
+            in_specs=[specs[name] for name in arrays],
+            out_specs=[block(x) for x in out_shapes.values()],
+            out_shape=[*out_shapes.values()],
+            scratch_shapes=[*scratch.values()],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=VECTOR_MEMORY,
+            ),
+            interpret=INTERPRET or False,
+            name=f"block_sparse_attention_{self.name}",
+        )
+        # Scalars, and arrays that stay in HBM, have no batching rule.
+        return dict(zip(out_shapes, jax.custom_batching.sequential_vmap(run)(*arrays.values()), strict=True))
+
+    def widths(self):
+        return self.inputs.q.shape[-1], self.inputs.v.shape[-1]
+
+
+def _scalars(mask, leaves, slope):
+    """Offsets and the predicates' values as int32 and float32 vectors, and where each leaf lies."""
+    ints, floats, where = [mask.q_offset, mask.kv_offset], [], []
+    first = 0 if slope is None else slope.size
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            where.append(("floats", first + len(floats)))
+            floats.append(leaf)
+        else:
+            where.append(("ints", len(ints)))
+            ints.append(leaf)
+    numbers = dict(ints=jnp.stack([jnp.asarray(x, jnp.int32) for x in ints]))
+    if floats or slope is not None:
+        floats = [jnp.asarray(x, jnp.float32).reshape(1) for x in floats]
+        numbers["floats"] = jnp.concatenate(
+            [*([] if slope is None else [slope.astype(jnp.float32)]), *floats]
+        )
+    return numbers, tuple(where)
