@@ -15,6 +15,9 @@ from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
 from blockjax.masks import Ranges
 from blockjax.masks.predicates import is_concrete
 
+COPY_ROWS = 8
+"""The copy engine reads swizzled rows in groups of this many; other lengths are padded to a multiple."""
+
 TILE = 128
 """Blocks of this size or a multiple of it fill a thread block."""
 
@@ -58,15 +61,23 @@ def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
     if isinstance(mask, Ranges):
         # Nothing is stored, so the finest tiles are free.
         inputs = inputs._replace(mask=replace(mask, bq=min(mask.bq, TILE), bk=min(mask.bk, TILE)))
+    T = inputs.q.shape[1]
+    inputs = inputs._replace(q=_whole(inputs.q), k=_whole(inputs.k), v=_whole(inputs.v))
     leaves, tree = jax.tree.flatten(inputs.mask)
     known = tuple(x if is_concrete(x) else None for x in leaves)
     traced = tuple(x for x in leaves if not is_concrete(x))
-    return _attend(_Static(scale, soft_cap, tree, known), inputs._replace(mask=traced))
+    o, lse = _attend(_Static(scale, soft_cap, tree, known), inputs._replace(mask=traced))
+    return o[:, :T], lse[..., :T]
+
+
+def _whole(x):
+    """Padded along the tokens, which is a copy, where the copy engine cannot take them as they are."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % COPY_ROWS), (0, 0), (0, 0)))
 
 
 @dataclass(frozen=True, eq=False)
 class _Static:
-    """What a call knows while it is traced: also the mask's known leaves, so that their walks are constants."""
+    """What a call knows while it is traced; with the known leaves of the mask, whose walks become constants."""
 
     scale: float
     soft_cap: float | None

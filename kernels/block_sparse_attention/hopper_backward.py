@@ -1,4 +1,4 @@
-"""Backward on Hopper: two kernels, neither with atomics, so that gradients are equal bit for bit in every run.
+"""Backward on Hopper: two kernels, neither with atomics, so that every run gives the same bits.
 
 dQ: a CTA holds query rows and moves along their walk. dK and dV: a CTA holds keys and moves along their
 transposed walks, one of each query head of the group. Both recompute the probabilities from `lse`: seven
@@ -358,5 +358,5 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
         q_free=ring(num_arrivals=wgs),
         do_free=ring(num_arrivals=wgs),
     )
-    out = tuple(jax.ShapeDtypeStruct((call.B, call.S, call.K, width), call.dtype) for width in (H, Hv))
+    out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v))
     return run(kernel, out, shared, order.ctas, wgs, (operands, cotangents))

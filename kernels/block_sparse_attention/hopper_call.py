@@ -24,6 +24,8 @@ class Mask(NamedTuple):
 class Call:
     """The static side.
 
+    `T` counts rows of q, `S` the keys that exist: the rows of k may be more.
+
     `held` are the query rows of a CTA of the forward and of dQ. `leaves` of the mask are numbers where they
     are known, and None where they are traced.
     """
@@ -47,7 +49,7 @@ class Call:
     def of(inputs: Inputs, scale: float, soft_cap: float | None) -> "Call":
         mask = inputs.mask
         B, T, N, H = inputs.q.shape
-        S, K, Hv = inputs.v.shape[1:]
+        S, (K, Hv) = mask.S, inputs.v.shape[2:]
         leaves, tree = jax.tree.flatten(_mask(inputs))
         return Call(
             **dict(B=B, T=T, S=S, N=N, K=K, H=H, Hv=Hv, dtype=inputs.q.dtype, bq=mask.bq, bk=mask.bk),
@@ -100,7 +102,7 @@ class Operands(NamedTuple):
 
 
 def operands(call: Call, inputs: Inputs, steps: Steps, transposed: bool = False) -> Operands:
-    """Of a kernel that holds queries and moves along keys by `steps`, or if `transposed` the other way round."""
+    """Of a kernel that holds queries and moves along keys by `steps`; if `transposed`, the other way round."""
     q_side, k_side = (
         (inputs.q_positions, inputs.q_segment_ids),
         (inputs.kv_positions, inputs.kv_segment_ids),

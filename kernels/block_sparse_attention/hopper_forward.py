@@ -33,9 +33,12 @@ from jax import lax
 
 
 class Shared(NamedTuple):
-    """Shared memory: queries and later the output, rings of keys and values, lse, and barriers."""
+    """Shared memory: queries, the output (in their place if it fits there exactly), rings of keys and values,
+    lse, and barriers.
+    """
 
-    qo: Any
+    q: Any
+    o: Any
     k: Any
     v: Any
     lse: Any
@@ -66,13 +69,14 @@ def forward(call: Call, operands, steps: Steps):
         def _():
             plgpu.set_max_registers(232, action="increase")
             own, own_head = rows.share(wg, first, head)
-            qo, lse = shared.qo.at[wg], shared.lse.at[wg]
-            for ref, piece in rows.pieces(operands.q, qo.at[:, :H], batch, own, own_head):
+            q, lse = shared.q.at[wg], shared.lse.at[wg]
+            o = q if shared.o is None else shared.o.at[wg]
+            for ref, piece in rows.pieces(operands.q, q, batch, own, own_head):
                 plgpu.copy_gmem_to_smem(ref, piece, shared.q_ready.at[wg])
-            o, lse[...] = _attend(call, operands, shared, steps, listed, wg, (batch, own, own_head))
-            qo[:, :Hv] = o.astype(operands.q.dtype)
+            mixed, lse[...] = _attend(call, operands, shared, steps, listed, wg, (batch, own, own_head))
+            o[...] = mixed.astype(call.dtype)
             plgpu.commit_smem()
-            for ref, piece in rows.pieces(o_ref, qo.at[:, :Hv], batch, own, own_head):
+            for ref, piece in rows.pieces(o_ref, o, batch, own, own_head):
                 plgpu.copy_smem_to_gmem(piece, ref)
             unit = lax.div(own, rows.tokens)
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[batch, lax.div(own_head, rows.heads), unit])
@@ -91,7 +95,8 @@ def forward(call: Call, operands, steps: Steps):
 
     ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     shared = Shared(
-        qo=tiled((rows.wgs, WG_ROWS, max(H, Hv)), call.dtype),
+        q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
+        o=None if Hv == H else tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
         k=tiled((steps.buffers, steps.tokens, H), call.dtype),
         v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
         lse=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32),
@@ -134,7 +139,7 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, wher
     """`o` [64, Hv] and `lse` [64] float32 of one warpgroup's rows."""
     batch, first, head = where
     rows, plane = call.held, Plane((WG_ROWS, steps.tokens), q_axis=0)
-    q = shared.qo.at[wg, :, : call.H]
+    q = shared.q.at[wg]
     mask = call.mask(operands.scalars)
     queries = held_tokens(operands.q_side, rows, batch, first, mask.q_offset)
     slope = held_slope(operands.slope, rows, head)

@@ -272,6 +272,8 @@ class Tokens:
         return self.index + self.offset if self.positions is None else self.positions
 
 
+_LEAST = -(2**31)
+
 NOWHERE = 2**31 - 1024
 """Index of a token of a piece that does not count."""
 
@@ -363,7 +365,7 @@ class Plane:
         return lax.broadcast_in_dim(x, self.shape, [1] if jnp.ndim(x) else [])
 
     def visible(self, predicates: tuple[Predicate, ...], tag: Callable, q: Tokens, k: Tokens, S: int | None):
-        """Which pairs see each other, None for all; keys from index `S` on do not exist, unless it is None."""
+        """Which pairs see each other, None for all. Unless `S` is None, keys from there on do not exist."""
         granted = []
         for i, predicate in enumerate(predicates):
             held = self._holds(predicate, q, k)
@@ -390,10 +392,11 @@ class Plane:
             return None if a is None or b is None else a | b
         if isinstance(predicate, Causal):
             return self.of_key(k.position) <= self.of_query(q.position)
-        interval = predicate.interval(q.position)
-        if interval is None:
-            return predicate.visible(self.of_query(q.position), self.of_key(k.position))
-        first, stop = map(self.of_query, interval)
+        if predicate.interval(0) is None:
+            q, k = self.of_query(q.position), self.of_key(k.position)
+            # Always true, for a function that looks at one of the two: both vectors must be used.
+            return predicate.visible(q, k) & (q >= _LEAST) & (k >= _LEAST)
+        first, stop = map(self.of_query, predicate.interval(q.position))
         return (first <= self.of_key(k.position)) & (self.of_key(k.position) < stop)
 
 
