@@ -164,11 +164,12 @@ def compile_case(chip: str, case: Case):
 
 def ours(chip: str, case: Case):
     import numpy as np
-    from blockjax.kernels.block_sparse_attention import block_sparse_attention, tpu_layout
+    from blockjax.kernels.block_sparse_attention import block_sparse_attention
+    from blockjax.kernels.block_sparse_attention.tpu import layout
 
     from blockjax.masks import BlockMask
 
-    tpu_layout.TILES[chip] = dict(
+    layout.TILES[chip] = dict(
         forward=(case.q_tile, case.k_tile), dq=(case.q_tile, case.k_tile), dkv=(case.k_tile, case.q_tile)
     )
     bq, bk = (case.q_tile, case.k_tile) if case.block is None else (case.block, case.block)

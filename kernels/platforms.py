@@ -1,22 +1,28 @@
 """Where a program will run: its platform, and the mesh axes its values vary over."""
 
+from typing import NamedTuple
+
 import jax
 from jax import lax
 
 
-def target_platform() -> str:
-    """`"cpu"`, `"gpu"` or `"tpu"`: of the mesh in use, else of the first device.
+class Target(NamedTuple):
+    """What a program is compiled for: `"cpu"`, `"gpu"` or `"tpu"`, and the device's own name."""
+
+    platform: str
+    device_kind: str
+
+
+def target() -> Target:
+    """Of the mesh in use, else of the first device.
 
     The mesh comes first so that compiling for a TPU pod on a CPU host chooses the TPU kernels.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform is not None:
-        return _family(device.platform)
-    return _family(jax.devices()[0].platform)
-
-
-def _family(platform: str) -> str:
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    if device is None or device.platform is None:
+        device = jax.devices()[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Target(platform, device.device_kind)
 
 
 def varying_axes(tree) -> frozenset[str]:

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention import reference, tpu, xla
+from blockjax.kernels.block_sparse_attention import hopper, reference, tpu, xla
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
-from blockjax.kernels.platforms import target_platform
+from blockjax.kernels.platforms import target
 from jaxtyping import Array, Float, Int
 
 from blockjax import partials
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Ranges
 
-BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference}
+BACKENDS = {"hopper": hopper, "tpu": tpu, "xla": xla, "reference": reference}
 """Fastest first: `implementation=None` takes the first that supports the call."""
 
 
@@ -86,7 +86,7 @@ def block_sparse_attention(
     sinks = None if sinks is None else _per_head("sinks", sinks, N)
 
     spec = Spec(
-        platform=target_platform(),
+        target=target(),
         dtype=q.dtype,
         **dict(B=B, T=T, S=S, N=N, K=K, H=H, Hv=Hv, bq=mask.bq, bk=mask.bk),
         form="ranges" if isinstance(mask, Ranges) else "lists",

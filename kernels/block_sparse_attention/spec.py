@@ -5,15 +5,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels.platforms import Target
 
 from blockjax.masks import BlockMask
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that `supports` may look at: sizes, dtype, options and platform; no arrays."""
+    """All that `supports` may look at: sizes, dtype, options and device; no arrays."""
 
-    platform: str
+    target: Target
     dtype: jnp.dtype
     B: int
     T: int

@@ -12,10 +12,10 @@ from blockjax.kernels.block_sparse_attention import (
     DistanceBias,
     block_sparse_attention,
     tpu,
-    tpu_layout,
-    tpu_walk,
 )
 from blockjax.kernels.block_sparse_attention.spec import Spec
+from blockjax.kernels.block_sparse_attention.tpu import layout, walk
+from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
 from blockjax.masks import BlockMask, Causal, Window
@@ -29,8 +29,8 @@ SMALL = dict(forward=(128, 256), dq=(128, 256), dkv=(128, 256))
 def interpreted(monkeypatch):
     """Kernels in plain interpretation and in tiles of few rows: several tiles even at tiny shapes."""
     monkeypatch.setattr(tpu, "INTERPRET", True)
-    monkeypatch.setattr(tpu_layout, "TILES", dict.fromkeys(tpu_layout.TILES, SMALL))
-    monkeypatch.setattr(tpu_walk, "UNROLLED", 4)
+    monkeypatch.setattr(layout, "TILES", dict.fromkeys(layout.TILES, SMALL))
+    monkeypatch.setattr(walk, "UNROLLED", 4)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ class TestTpu(AttentionSuite):
             assert jnp.isfinite(x[:, ~seen]).all() and jnp.isnan(x[:, seen]).any()
 
     def test_lists_in_far_memory(self, monkeypatch):
-        monkeypatch.setattr(tpu_layout, "lists_fit", lambda rows, entries: False)
+        monkeypatch.setattr(layout, "lists_fit", lambda rows, entries: False)
         super().test_masks("or")
 
 
@@ -114,7 +114,7 @@ RACES = {
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("name", RACES)
 def test_no_races_and_nothing_read_before_it_is_written(name, monkeypatch):
-    monkeypatch.setattr(tpu_layout, "lists_fit", lambda rows, entries: False)
+    monkeypatch.setattr(layout, "lists_fit", lambda rows, entries: False)
     inputs, cotangents = make(0, RACES[name], B=1, N=2, K=1)
     ids = np.sort(np.random.default_rng(0).integers(0, 2, (1, 48)))
     options = dict(arrays=dict(q_segment_ids=ids), learned=dict(slope=jnp.array([0.1, 0.5])), soft_cap=3.0)
@@ -125,7 +125,11 @@ def test_no_races_and_nothing_read_before_it_is_written(name, monkeypatch):
 def spec(**changes):
     sizes = dict(B=1, T=8192, S=8192, N=8, K=8, H=128, Hv=128, bq=128, bk=128)
     options = dict(soft_cap=False, segments=False, positions=False, bias=False)
-    call = dict(platform="tpu", dtype=jnp.dtype("bfloat16"), form="lists", lists=(1, 8)) | sizes | options
+    call = (
+        dict(target=Target("tpu", "TPU v5 lite"), dtype=jnp.dtype("bfloat16"), form="lists", lists=(1, 8))
+        | sizes
+        | options
+    )
     return Spec(**call | changes)
 
 
@@ -134,7 +138,7 @@ def spec(**changes):
     [
         (dict(), None),
         (dict(T=2**20, S=2**20), None),
-        (dict(platform="cpu"), "runs on TPUs, not on cpu"),
+        (dict(target=Target("cpu", "cpu")), "runs on TPUs, not on cpu"),
         (dict(dtype=jnp.dtype("float16")), "not float16"),
         (dict(H=2**15), r"head sizes 32768 and 128 need \d+.\d MiB of vector memory, of 56"),
         (
@@ -161,9 +165,9 @@ COMPILED = [
 
 def compile_for(chip):
     """Forward and backward of each of `COMPILED`; runs in a process of its own."""
-    mesh, near = tpu_schedule.one_chip(chip), tpu_layout.lists_fit
+    mesh, near = tpu_schedule.one_chip(chip), layout.lists_fit
     for case in COMPILED:
-        tpu_layout.lists_fit = (lambda rows, entries: False) if "far" in case[2] else near
+        layout.lists_fit = (lambda rows, entries: False) if "far" in case[2] else near
         with jax.sharding.set_mesh(mesh):
             compile_one(*case, jax.sharding.NamedSharding(mesh, jax.P()))
 

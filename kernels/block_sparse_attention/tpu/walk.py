@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.plan import TAG_BITS
-from blockjax.kernels.block_sparse_attention.tpu_layout import LANES, Side, Stream
+from blockjax.kernels.block_sparse_attention.tpu.layout import LANES, Side, Stream
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu

@@ -1,4 +1,4 @@
-"""Pallas Mosaic TPU: the kernels of `tpu_kernels.py` called on arrays laid out for them.
+"""Pallas Mosaic TPU: the kernels of `kernels.py` called on arrays laid out for them.
 
 Heads that share their lists are packed into one tile of rows where blocks of queries are small; heads move
 before tokens and ragged lengths are padded in the same copy.
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blockjax.kernels.block_sparse_attention import plan, tpu_layout
+from blockjax.kernels.block_sparse_attention import plan
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
-from blockjax.kernels.block_sparse_attention.tpu_layout import (
+from blockjax.kernels.block_sparse_attention.tpu import layout
+from blockjax.kernels.block_sparse_attention.tpu.layout import (
     MIB,
     SCALAR_MEMORY,
     VECTOR_MEMORY,
@@ -34,15 +35,15 @@ PER_ROW = None, jnp.float32
 
 
 def supports(spec: Spec) -> str | None:
-    if spec.platform != "tpu" and INTERPRET is None:
-        return f"it runs on TPUs, not on {spec.platform}"
-    if tpu_layout.chip() is None:
-        return f"it has tiles for {', '.join(tpu_layout.TILES)} and no other TPU"
+    if spec.target.platform != "tpu" and INTERPRET is None:
+        return f"it runs on TPUs, not on {spec.target.device_kind}"
+    if layout.chip() is None:
+        return f"it has tiles for {', '.join(layout.TILES)} and no other TPU"
     if spec.dtype not in (jnp.bfloat16, jnp.float32):
         return f"TPUs multiply bfloat16 and float32, not {spec.dtype}"
     for kernel in KERNELS:
-        if tpu_layout.tile(kernel, spec.H, spec.Hv, spec.dtype) is None:
-            least = tpu_layout.vector_memory(kernel, 128, 128, spec.H, spec.Hv, spec.dtype)
+        if layout.tile(kernel, spec.H, spec.Hv, spec.dtype) is None:
+            least = layout.vector_memory(kernel, 128, 128, spec.H, spec.Hv, spec.dtype)
             return (
                 f"head sizes {spec.H} and {spec.Hv} need {least / MIB:.1f} MiB of vector memory, of "
                 f"{VECTOR_MEMORY / MIB:.0f}, even in tiles of 128x128"
@@ -129,16 +130,14 @@ class _Launch:
     """One kernel on one call's arrays."""
 
     def __init__(self, name: str, options: _Options, inputs: Inputs, walk: plan.Walk):
-        from blockjax.kernels.block_sparse_attention import tpu_kernels
+        from blockjax.kernels.block_sparse_attention.tpu import kernels
 
         self.name, self.inputs, self.walk = name, inputs, walk
-        self.kernel = dict(
-            forward=tpu_kernels.Forward, dq=tpu_kernels.QueryGradient, dkv=tpu_kernels.KeyGradient
-        )[name]
+        self.kernel = dict(forward=kernels.Forward, dq=kernels.QueryGradient, dkv=kernels.KeyGradient)[name]
         mask, ranges, keys_stay = inputs.mask, isinstance(walk, plan.RangeWalk), name == "dkv"
         _, T, N, H = inputs.q.shape
         _, S, K, Hv = inputs.v.shape
-        rows = tpu_layout.tile(name, H, Hv, inputs.q.dtype)
+        rows = layout.tile(name, H, Hv, inputs.q.dtype)
         own_lists = mask.lists_shape[1] == N
         self.q = Side.of(T, mask.bq, N, 1 if own_lists else N // K, rows[keys_stay])
         self.k = Side.of(S, mask.bk, K, 1, rows[not keys_stay])
@@ -146,9 +145,9 @@ class _Launch:
         self.stream = Stream.of(stream, rows[1], consecutive=ranges)
         leaves, predicates = jax.tree.flatten(mask.predicates)
         self.numbers, scalars = _scalars(mask, leaves, inputs.slope)
-        near = ranges or tpu_layout.lists_fit(self.anchor.blocks, walk.entries.size)
+        near = ranges or layout.lists_fit(self.anchor.blocks, walk.entries.size)
         longest = 0 if ranges else min(walk.entries.shape[-1], stream.blocks)
-        self.call = tpu_kernels.Call(
+        self.call = kernels.Call(
             anchor=self.anchor,
             stream=self.stream,
             anchor_is_keys=keys_stay,
@@ -165,7 +164,7 @@ class _Launch:
             bias=inputs.slope is not None,
             positions=inputs.q_positions is not None,
             segments=inputs.q_segment_ids is not None,
-            sum_in_product=tpu_layout.chip() in tpu_layout.WIDE and Hv % 256 == 128,
+            sum_in_product=layout.chip() in layout.WIDE and Hv % 256 == 128,
         )
 
     def queries(self, x):

@@ -13,8 +13,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.hopper_call import Call
-from blockjax.kernels.block_sparse_attention.hopper_tiles import (
+from blockjax.kernels.block_sparse_attention.hopper.call import Call
+from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
     WG_ROWS,
     WGMMA,

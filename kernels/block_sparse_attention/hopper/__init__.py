@@ -1,10 +1,11 @@
 """NVIDIA Hopper through Pallas Mosaic GPU: what it serves, its tiles, and its gradient.
 
-The kernels are in `hopper_forward` and `hopper_backward`; they import Mosaic GPU, which this module does only
-when it is called.
+The kernels are in `forward.py` and `backward.py`; they import Mosaic GPU, which this module does only when it
+is called.
 """
 
 import functools
+import re
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ COPY_ROWS = 8
 TILE = 128
 """Blocks of this size or a multiple of it fill a thread block."""
 
+HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 BLOCKS = (16, 32, 64, 128, 256, 512)
 HEAD_DIMS = (64, 128, 192, 256)
 
@@ -43,8 +45,8 @@ TILES = {
 
 
 def supports(spec: Spec) -> str | None:
-    if spec.platform != "gpu" or not spec.hopper:
-        return "it needs an NVIDIA Hopper GPU (H100, H200)"
+    if spec.target.platform != "gpu" or not HOPPER.search(spec.target.device_kind):
+        return f"it runs on NVIDIA Hopper GPUs (H100, H200), not on {spec.target.device_kind}"
     if spec.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, not {spec.dtype}"
     if spec.H not in HEAD_DIMS or spec.Hv not in HEAD_DIMS:
@@ -77,7 +79,7 @@ def _whole(x):
 
 @dataclass(frozen=True, eq=False)
 class _Static:
-    """What a call knows while it is traced; with the known leaves of the mask, whose walks become constants."""
+    """What a call knows while it is traced; with the known leaves of the mask, whose walks are constants."""
 
     scale: float
     soft_cap: float | None
@@ -97,31 +99,33 @@ def _attend(static: _Static, inputs: Inputs):
 
 
 def _forward(static, inputs):
-    from blockjax.kernels.block_sparse_attention import hopper_forward, hopper_tiles
+    from blockjax.kernels.block_sparse_attention.hopper.forward import forward
+    from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps
 
     call, operands, tiles = _prepare(static, inputs)
-    steps = hopper_tiles.Steps(*tiles.forward, call.bk)
-    o, lse = hopper_forward.forward(call, operands(steps), steps)
+    steps = Steps(*tiles.forward, call.bk)
+    o, lse = forward(call, operands(steps), steps)
     return (o, lse), (inputs, o, lse)
 
 
 def _backward(static, residuals, cotangents):
-    from blockjax.kernels.block_sparse_attention import hopper_backward, hopper_tiles
+    from blockjax.kernels.block_sparse_attention.hopper import backward
+    from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, Steps
 
     inputs, o, lse = residuals
     do, dlse = cotangents
     call, operands, tiles = _prepare(static, inputs)
     delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
     # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * hopper_tiles.LOG2_E)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
 
-    steps = hopper_tiles.Steps(*tiles.query, call.bk)
-    held = hopper_backward.Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
-    dq, dslope = hopper_backward.query_gradient(call, operands(steps), held, steps)
+    steps = Steps(*tiles.query, call.bk)
+    held = backward.Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
+    dq, dslope = backward.query_gradient(call, operands(steps), held, steps)
 
-    steps = hopper_tiles.Steps(*tiles.key, call.bq)
-    moving = hopper_backward.Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
-    dk, dv = hopper_backward.key_gradients(call, operands(steps, transposed=True), moving, steps)
+    steps = Steps(*tiles.key, call.bq)
+    moving = backward.Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
+    dk, dv = backward.key_gradients(call, operands(steps, transposed=True), moving, steps)
     if dslope is not None:
         dslope = dslope.sum((0, 2)).astype(inputs.slope.dtype)
     return (Inputs(q=dq, k=dk, v=dv, mask=None, slope=dslope),)
@@ -132,8 +136,8 @@ _attend.defvjp(_forward, _backward)
 
 def _prepare(static: _Static, inputs: Inputs):
     """The call, a function that gives a kernel's operands from its steps, and the tiles."""
-    from blockjax.kernels.block_sparse_attention import hopper_call
+    from blockjax.kernels.block_sparse_attention.hopper.call import Call, operands
 
     inputs = static.whole(inputs)
-    call = hopper_call.Call.of(inputs, static.scale, static.soft_cap)
-    return call, functools.partial(hopper_call.operands, call, inputs), TILES[max(call.H, call.Hv)]
+    call = Call.of(inputs, static.scale, static.soft_cap)
+    return call, functools.partial(operands, call, inputs), TILES[max(call.H, call.Hv)]

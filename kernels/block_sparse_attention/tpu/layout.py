@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+from blockjax.kernels.platforms import target
 
 TILES = {
     "v5e": dict(forward=(1024, 512), dq=(1024, 2048), dkv=(1024, 2048)),
@@ -31,14 +31,11 @@ LIST_ALIGNMENT = 1024
 
 def chip() -> str | None:
     """The key in `TILES` of the device that is compiled for; the first off TPUs, None for others of them."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.devices()[0]
-    kind = device.device_kind.lower()
-    if "tpu" not in kind:
+    platform, kind = target()
+    if platform != "tpu":
         return next(iter(TILES))
     names = {"v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e"}
-    return next((chip for name, chip in names.items() if name in kind), None)
+    return next((chip for name, chip in names.items() if name in kind.lower()), None)
 
 
 def tile(kernel: str, H: int, Hv: int, dtype) -> tuple[int, int] | None:

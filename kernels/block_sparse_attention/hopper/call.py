@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.hopper_tiles import LOG2_E, WG_ROWS, Rows, Scores, Side, Steps
+from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, WG_ROWS, Rows, Scores, Side, Steps
 from blockjax.kernels.block_sparse_attention.spec import Inputs
 
 from blockjax.masks.predicates import Predicate
@@ -102,7 +102,7 @@ class Operands(NamedTuple):
 
 
 def operands(call: Call, inputs: Inputs, steps: Steps, transposed: bool = False) -> Operands:
-    """Of a kernel that holds queries and moves along keys by `steps`; if `transposed`, the other way round."""
+    """Of a kernel that holds queries and moves along keys by `steps`, or if `transposed` the reverse."""
     q_side, k_side = (
         (inputs.q_positions, inputs.q_segment_ids),
         (inputs.kv_positions, inputs.kv_segment_ids),

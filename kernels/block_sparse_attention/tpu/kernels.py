@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention import tpu_walk
-from blockjax.kernels.block_sparse_attention.tpu_layout import LANES, LIST_ALIGNMENT, Side, Stream
-from blockjax.kernels.block_sparse_attention.tpu_walk import START, Lane, Walker
+from blockjax.kernels.block_sparse_attention.tpu import walk as walks
+from blockjax.kernels.block_sparse_attention.tpu.layout import LANES, LIST_ALIGNMENT, Side, Stream
+from blockjax.kernels.block_sparse_attention.tpu.walk import START, Lane, Walker
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -110,7 +110,7 @@ class Kernel:
         def visit(step, _):
             buffer = (phase + step) & 1
             start_next(step + 1 == steps, step + 1, 1 - buffer)
-            tpu_walk.wait_copies(self.lanes, refs["sems"], buffer)
+            walks.wait_copies(self.lanes, refs["sems"], buffer)
             masked = self.walker.masked(row, step)
             pl.when(masked)(lambda: self.visit(row, step, buffer, masked=True))
             pl.when(~masked)(lambda: self.visit(row, step, buffer, masked=False))
@@ -165,14 +165,14 @@ class Kernel:
             head = self.query_head(turn) if call.anchor_is_keys else lax.div(self.head * h, heads)
             return self.batch if b > 1 else 0, head if h > 1 else 0
 
-        tpu_walk.start_copies(self.walker, self.lanes, self.refs["sems"], row, step, buffer, where)
+        walks.start_copies(self.walker, self.lanes, self.refs["sems"], row, step, buffer, where)
 
     def begin(self):
         """Before the first tile of the stream."""
         if "anchor_ids" in self.refs:
             ids = self.refs["anchor_ids"]
             for i in range(ids.shape[0]):
-                column = tpu_walk.to_int_column(ids[i : i + 1], self.call.anchor.part)
+                column = walks.to_int_column(ids[i : i + 1], self.call.anchor.part)
                 self.refs["columns"][i] = jnp.broadcast_to(column, (self.call.anchor.part, LANES))
 
     def visit(self, row, step, buffer, masked: bool):
@@ -224,12 +224,12 @@ class Kernel:
         here, there = (kv_offset, q_offset) if call.anchor_is_keys else (q_offset, kv_offset)
         rows, columns = call.tile
         return (
-            here + tpu_walk.tokens(call.anchor, [self.tile], (rows, 1), 0),
-            there + tpu_walk.tokens(call.stream.side, units, (1, columns), 1),
+            here + walks.tokens(call.anchor, [self.tile], (rows, 1), 0),
+            there + walks.tokens(call.stream.side, units, (1, columns), 1),
         )
 
     def stream_ids(self, buffer):
-        return tpu_walk.spread(self.refs["stream_ids_buffers"][buffer], self.call.stream)
+        return walks.spread(self.refs["stream_ids_buffers"][buffer], self.call.stream)
 
     def slope(self):
         """[rows, 1] or a scalar, in units of log 2."""
@@ -241,8 +241,8 @@ class Kernel:
             return slopes[0]
         if call.anchor_is_keys:
             side = call.stream
-            return tpu_walk.steps_of(slopes * side.slots, side.side.piece, (1, side.rows), 1)
-        return tpu_walk.steps_of(slopes, call.anchor.piece, (call.anchor.part, 1), 0)
+            return walks.steps_of(slopes * side.slots, side.side.piece, (1, side.rows), 1)
+        return walks.steps_of(slopes, call.anchor.piece, (call.anchor.part, 1), 0)
 
     def seen(self, row, step, buffer, units, tags, here, there):
         call, refs = self.call, self.refs
@@ -253,7 +253,7 @@ class Kernel:
         if call.stream.consecutive:
             terms.append(lax.broadcasted_iota(jnp.int32, call.tile, 1) < self.walker.live_rows(row, step))
         elif call.stream.slots > 1 or len(predicates) > 1:
-            tag = jnp.broadcast_to(tpu_walk.steps_of(tags, call.stream.side.part, lanes, 1), call.tile)
+            tag = jnp.broadcast_to(walks.steps_of(tags, call.stream.side.part, lanes, 1), call.tile)
         if len(predicates) > 1:
             granted = [
                 ((tag & (1 << i)) != 0) & _full(p.visible(pq, pk), call.tile)
@@ -269,7 +269,7 @@ class Kernel:
             terms.append((mine == self.stream_ids(buffer)[-1]) & (jnp.broadcast_to(mine, call.tile) >= 0))
         if not call.anchor_is_keys:
             side = call.stream.side
-            terms += [_full(x, call.tile) for x in tpu_walk.real(side, units, lanes, 1)]
+            terms += [_full(x, call.tile) for x in walks.real(side, units, lanes, 1)]
         return functools.reduce(operator.and_, terms)
 
     def predicates(self):
@@ -324,7 +324,7 @@ class Forward(Kernel):
         o = acc[:, :width] * widen(jnp.where(some, 1.0 / safe, 0.0), width)
         refs["o"][...] = o.astype(refs["o"].dtype)
         lse = jnp.where(some, (refs["top"][...] + jnp.log2(safe)) / LOG2_E, -jnp.inf)
-        refs["lse"][...] = tpu_walk.to_lanes(lse)
+        refs["lse"][...] = walks.to_lanes(lse)
 
 
 class Backward(Kernel):
@@ -354,7 +354,7 @@ class QueryGradient(Backward):
         super().begin()
         refs, rows = self.refs, self.call.anchor.part
         for i in range(2):
-            column = tpu_walk.to_column(refs["stats"][i : i + 1], rows)
+            column = walks.to_column(refs["stats"][i : i + 1], rows)
             refs["stat_columns"][i] = jnp.broadcast_to(column, (rows, LANES))
         refs["acc"][...] = jnp.zeros_like(refs["acc"])
         if self.call.bias:
@@ -375,7 +375,7 @@ class QueryGradient(Backward):
         refs["dq"][...] = (self.call.scale * refs["acc"][...]).astype(refs["dq"].dtype)
         if self.call.bias:
             total = refs["total"][...].sum(1, keepdims=True)
-            refs["dslope"][...] = tpu_walk.to_lanes(jnp.broadcast_to(-total, refs["total"].shape))
+            refs["dslope"][...] = walks.to_lanes(jnp.broadcast_to(-total, refs["total"].shape))
 
 
 class KeyGradient(Backward):
@@ -394,7 +394,7 @@ class KeyGradient(Backward):
     def visit(self, row, step, buffer, masked):
         refs = self.refs
         q, do = (self.data(name, row, step, buffer, masked) for name in ("q", "do"))
-        lse, delta = tpu_walk.spread(refs["stats_buffers"][buffer], self.call.stream)
+        lse, delta = walks.spread(refs["stats_buffers"][buffer], self.call.stream)
         place = row, step, buffer, masked
         p, _, dz, _ = self.weights(refs["k"][...], q, refs["v"][...], do, lse, delta, place)
         refs["dv_acc"][...] += dot(p.astype(do.dtype), do)
