@@ -15,7 +15,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Operands
-from blockjax.kernels.block_sparse_attention.hopper.forward import copy_ring
+from blockjax.kernels.block_sparse_attention.hopper.forward import SHARED_BYTES, TURNS, copy_ring
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
     WG_ROWS,
@@ -48,12 +48,16 @@ class Cotangents(NamedTuple):
 
 
 class QueryShared(NamedTuple):
+    """`dq` is None where it takes the place of q."""
+
     q: Any
     do: Any
     k: Any
     v: Any
+    dq: Any
     dslope: Any
     ready: Any
+    free: Any
     k_ready: Any
     v_ready: Any
     k_free: Any
@@ -65,25 +69,27 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
     rows, H, Hv = call.held, call.H, call.Hv
     units = rows.units(call.T)
     tiles, groups = units * rows.tokens // rows.cta_tokens, call.N // rows.cta_heads
-    order = Order.of(tiles, call.B * groups, call.S * (H + Hv) * 2 * call.K // groups)
+    order = Order.of(tiles, call.B * groups, call.S * (H + Hv) * 2 * call.K // groups, turns=TURNS)
     plane = Plane((WG_ROWS, steps.tokens), q_axis=0)
+    bias = operands.slope is not None
+    tile_bytes = (steps.buffers * steps.tokens + rows.wgs * WG_ROWS) * (H + Hv) * 2
+    in_place = bias or tile_bytes + rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
 
     def kernel(inputs, dq_ref, dslope_ref, shared):
         operands, cotangents = inputs
-        group, tile = order()
-        batch, head = lax.div(group, groups), lax.rem(group, groups) * rows.cta_heads
-        first = (tiles - 1 - tile) * rows.cta_tokens
-        listed = visits(operands.walk, batch, head, lax.div(first, call.bq), call.N, steps)
         wg = lax.axis_index("wg")
 
-        @pl.when(wg < rows.wgs)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
+        def place(turn):
+            group, tile = order(turn)
+            batch, head = lax.div(group, groups), lax.rem(group, groups) * rows.cta_heads
+            first = (tiles - 1 - tile) * rows.cta_tokens
+            listed = visits(operands.walk, batch, head, lax.div(first, call.bq), call.N, steps)
+            return batch, head, first, listed
+
+        def multiply(turn, before):
+            batch, head, first, listed = place(turn)
             own, own_head = rows.share(wg, first, head)
             q, do = shared.q.at[wg], shared.do.at[wg]
-            for source, target in ((operands.q, q), (cotangents.do, do)):
-                for ref, piece in rows.pieces(source, target, batch, own, own_head):
-                    plgpu.copy_gmem_to_smem(ref, piece, shared.ready.at[wg])
             where = batch, lax.div(own_head, rows.heads), lax.div(own, rows.tokens)
             lse, delta = (
                 plgpu.load(x.at[*where], layout=ROW, optimized=False)
@@ -93,9 +99,13 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
             queries = held_tokens(operands.q_side, rows, batch, own, mask.q_offset)
             slope = held_slope(operands.slope, rows, own_head)
 
+            def release():
+                if not in_place:
+                    plgpu.barrier_arrive(shared.free.at[wg])
+
             def step(s, carry, partial):
                 acc, dslope = carry
-                slot = steps.slot(s)
+                slot = steps.slot(before + s)
                 plgpu.barrier_wait(shared.k_ready.at[slot])
 
                 def products(z, dp):
@@ -106,6 +116,7 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
 
                 z, dp = pl.run_scoped(products, *[plgpu.ACC(plane.shape, jnp.float32)] * 2)
                 plgpu.barrier_arrive(shared.v_free.at[slot])
+                pl.when(s + 1 == listed.total)(release)
                 penalty = None
                 if partial or slope is not None:
                     pieces = listed(s)
@@ -128,6 +139,7 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
                 return acc, dslope
 
             plgpu.barrier_wait(shared.ready.at[wg])
+            pl.when(listed.total == 0)(release)
             acc = plgpu.layout_cast(jnp.zeros((WG_ROWS, H), jnp.float32), WGMMA)
             dslope = None
             if slope is not None:
@@ -135,36 +147,61 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
             carry = lax.fori_loop(0, listed.partial, functools.partial(step, partial=True), (acc, dslope))
             carry = lax.fori_loop(listed.partial, listed.total, functools.partial(step, partial=False), carry)
             acc, dslope = carry
-            q[...] = (acc * call.scores.scale).astype(call.dtype)
+            # The gradient of the turn before has left its buffer long ago.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq = q if in_place else shared.dq.at[wg]
+            dq[...] = (acc * call.scores.scale).astype(call.dtype)
             if slope is not None:
                 shared.dslope[wg] = dslope
             plgpu.commit_smem()
-            for ref, piece in rows.pieces(dq_ref, q, batch, own, own_head):
+            for ref, piece in rows.pieces(dq_ref, dq, batch, own, own_head):
                 plgpu.copy_smem_to_gmem(piece, ref)
             if slope is not None:
                 plgpu.copy_smem_to_gmem(shared.dslope.at[wg], dslope_ref.at[*where])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if in_place:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(shared.free.at[wg])
+            return before + listed.total
 
-        @pl.when(wg == rows.wgs)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
+        def copy(turn, before):
+            batch, head, first, listed = place(turn)
+            for i in range(rows.wgs):
+                pl.when(turn > 0)(lambda i=i: plgpu.barrier_wait(shared.free.at[i]))
+                own, own_head = rows.share(i, first, head)
+                for source, target in ((operands.q, shared.q), (cotangents.do, shared.do)):
+                    for ref, piece in rows.pieces(source, target.at[i], batch, own, own_head):
+                        plgpu.copy_gmem_to_smem(ref, piece, shared.ready.at[i])
             key_head = lax.div(head, call.G)
             copy_ring(
                 steps,
                 listed,
                 (operands.k.at[batch, :, key_head], shared.k, shared.k_ready, shared.k_free),
                 (operands.v.at[batch, :, key_head], shared.v, shared.v_ready, shared.v_free),
+                before=before,
             )
+            return before + listed.total
 
-    bias = operands.slope is not None
+        @pl.when(wg < rows.wgs)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            lax.fori_loop(0, order.count, multiply, 0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(wg == rows.wgs)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            lax.fori_loop(0, order.count, copy, 0)
+
     ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     shared = QueryShared(
         q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
         do=tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
         k=tiled((steps.buffers, steps.tokens, H), call.dtype),
         v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
+        dq=None if in_place else tiled((rows.wgs, WG_ROWS, H), call.dtype),
         dslope=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32) if bias else None,
         ready=plgpu.Barrier(num_arrivals=2 * rows.heads, num_barriers=rows.wgs),
+        free=plgpu.Barrier(num_barriers=rows.wgs),
         k_ready=ring(num_arrivals=steps.gathered),
         v_ready=ring(num_arrivals=steps.gathered),
         k_free=ring(num_arrivals=rows.wgs),
@@ -203,7 +240,7 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
 
     def kernel(inputs, dk_ref, dv_ref, shared):
         operands, cotangents = inputs
-        group, tile = order()
+        group, tile = order(0)
         batch, key_head = lax.div(group, call.K), lax.rem(group, call.K)
         first = tile * rows.cta_tokens
         wg = lax.axis_index("wg")

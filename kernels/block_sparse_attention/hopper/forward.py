@@ -31,11 +31,15 @@ from blockjax.kernels.block_sparse_attention.hopper.tiles import (
 )
 from jax import lax
 
+TURNS = 4
+"""Tiles that a CTA serves, if there are many."""
+
+SHARED_BYTES = 224 << 10
+"""Of the 227 KiB of shared memory, what tiles may take."""
+
 
 class Shared(NamedTuple):
-    """Shared memory: queries, the output (in their place if it fits there exactly), rings of keys and values,
-    lse, and barriers.
-    """
+    """Shared memory: queries, the output (None: in their place), rings of keys and values, lse, barriers."""
 
     q: Any
     o: Any
@@ -43,6 +47,7 @@ class Shared(NamedTuple):
     v: Any
     lse: Any
     q_ready: Any
+    q_free: Any
     k_ready: Any
     v_ready: Any
     k_free: Any
@@ -55,52 +60,84 @@ def forward(call: Call, operands, steps: Steps):
     rows, H, Hv = call.held, call.H, call.Hv
     units = rows.units(call.T)
     tiles, groups = units * rows.tokens // rows.cta_tokens, call.N // rows.cta_heads
-    order = Order.of(tiles, call.B * groups, call.S * (H + Hv) * 2 * call.K // groups)
+    order = Order.of(tiles, call.B * groups, call.S * (H + Hv) * 2 * call.K // groups, turns=TURNS)
+    ring_bytes = steps.buffers * steps.tokens * (H + Hv) * 2
+    in_place = Hv == H and ring_bytes + 2 * rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
 
     def kernel(operands, o_ref, lse_ref, shared):
-        group, tile = order()
-        batch, head = lax.div(group, groups), lax.rem(group, groups) * rows.cta_heads
-        # The last rows see most under a causal mask: they start first.
-        first = (tiles - 1 - tile) * rows.cta_tokens
-        listed = visits(operands.walk, batch, head, lax.div(first, call.bq), call.N, steps)
         wg = lax.axis_index("wg")
+
+        def place(turn):
+            group, tile = order(turn)
+            batch, head = lax.div(group, groups), lax.rem(group, groups) * rows.cta_heads
+            # The last rows see most under a causal mask: they start first.
+            first = (tiles - 1 - tile) * rows.cta_tokens
+            listed = visits(operands.walk, batch, head, lax.div(first, call.bq), call.N, steps)
+            return batch, head, first, listed
 
         @pl.when(wg < rows.wgs)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            own, own_head = rows.share(wg, first, head)
             q, lse = shared.q.at[wg], shared.lse.at[wg]
-            o = q if shared.o is None else shared.o.at[wg]
-            for ref, piece in rows.pieces(operands.q, q, batch, own, own_head):
-                plgpu.copy_gmem_to_smem(ref, piece, shared.q_ready.at[wg])
-            mixed, lse[...] = _attend(call, operands, shared, steps, listed, wg, (batch, own, own_head))
-            o[...] = mixed.astype(call.dtype)
-            plgpu.commit_smem()
-            for ref, piece in rows.pieces(o_ref, o, batch, own, own_head):
-                plgpu.copy_smem_to_gmem(piece, ref)
-            unit = lax.div(own, rows.tokens)
-            plgpu.copy_smem_to_gmem(lse, lse_ref.at[batch, lax.div(own_head, rows.heads), unit])
+            o = q if in_place else shared.o.at[wg]
+
+            def tile(turn, before):
+                batch, head, first, listed = place(turn)
+                own, own_head = rows.share(wg, first, head)
+                plgpu.barrier_wait(shared.q_ready.at[wg])
+                where = batch, own, own_head
+                mixed, sums = _attend(call, operands, shared, steps, listed, wg, where, before)
+                # The output of the turn before has left its buffer long ago.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o[...], lse[...] = mixed.astype(call.dtype), sums
+                plgpu.commit_smem()
+                for ref, piece in rows.pieces(o_ref, o, batch, own, own_head):
+                    plgpu.copy_smem_to_gmem(piece, ref)
+                unit = lax.div(own, rows.tokens)
+                plgpu.copy_smem_to_gmem(lse, lse_ref.at[batch, lax.div(own_head, rows.heads), unit])
+                if in_place:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(shared.q_free.at[wg])
+                return before + listed.total
+
+            pass_turn = functools.partial(_pass_turn, rows, shared)
+            pl.when(wg == 1)(pass_turn)
+            lax.fori_loop(0, order.count, tile, 0)
+            pl.when(wg == 0)(pass_turn)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(wg == rows.wgs)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            key_head = lax.div(head, call.G)
-            copy_ring(
-                steps,
-                listed,
-                (operands.k.at[batch, :, key_head], shared.k, shared.k_ready, shared.k_free),
-                (operands.v.at[batch, :, key_head], shared.v, shared.v_ready, shared.v_free),
-            )
+
+            def tile(turn, before):
+                batch, head, first, listed = place(turn)
+                for i in range(rows.wgs):
+                    q, ready, free = (x.at[i] for x in (shared.q, shared.q_ready, shared.q_free))
+                    pl.when(turn > 0)(lambda free=free: plgpu.barrier_wait(free))
+                    for ref, piece in rows.pieces(operands.q, q, batch, *rows.share(i, first, head)):
+                        plgpu.copy_gmem_to_smem(ref, piece, ready)
+                key_head = lax.div(head, call.G)
+                copy_ring(
+                    steps,
+                    listed,
+                    (operands.k.at[batch, :, key_head], shared.k, shared.k_ready, shared.k_free),
+                    (operands.v.at[batch, :, key_head], shared.v, shared.v_ready, shared.v_free),
+                    before=before,
+                )
+                return before + listed.total
+
+            lax.fori_loop(0, order.count, tile, 0)
 
     ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     shared = Shared(
         q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
-        o=None if Hv == H else tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
+        o=None if in_place else tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
         k=tiled((steps.buffers, steps.tokens, H), call.dtype),
         v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
         lse=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=rows.heads, num_barriers=rows.wgs),
+        q_free=plgpu.Barrier(num_barriers=rows.wgs),
         k_ready=ring(num_arrivals=steps.gathered),
         v_ready=ring(num_arrivals=steps.gathered),
         k_free=ring(num_arrivals=rows.wgs),
@@ -135,8 +172,18 @@ def copy_ring(steps: Steps, listed, *rings, before=0):
     lax.fori_loop(0, listed.total, step, [unit for unit, _, _ in listed(0)])
 
 
-def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, where):
-    """`o` [64, Hv] and `lse` [64] float32 of one warpgroup's rows."""
+def _pass_turn(rows, shared: Shared):
+    """Gives the tensor cores to the other warpgroup and waits for them to come back."""
+    if rows.wgs > 1:
+        plgpu.barrier_arrive(shared.turn)
+        plgpu.barrier_wait(shared.turn)
+
+
+def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, where, before):
+    """`o` [64, Hv] and `lse` [64] float32 of a warpgroup's rows; `before` steps have gone through the rings.
+
+    q is given back after the last product with it, unless the output takes its place.
+    """
     batch, first, head = where
     rows, plane = call.held, Plane((WG_ROWS, steps.tokens), q_axis=0)
     q = shared.q.at[wg]
@@ -144,25 +191,25 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, wher
     queries = held_tokens(operands.q_side, rows, batch, first, mask.q_offset)
     slope = held_slope(operands.slope, rows, head)
 
-    def pass_turn():
-        if rows.wgs > 1:
-            plgpu.barrier_arrive(shared.turn)
-            plgpu.barrier_wait(shared.turn)
-
     def await_keys(s):
-        plgpu.barrier_wait(shared.k_ready.at[steps.slot(s)])
+        plgpu.barrier_wait(shared.k_ready.at[steps.slot(before + s)])
+
+    def release_queries():
+        if shared.o is not None:
+            plgpu.barrier_arrive(shared.q_free.at[wg])
 
     def step(s, carry, partial):
         acc, top, total = carry
-        slot = steps.slot(s)
+        slot = steps.slot(before + s)
 
         def products(acc):
             plgpu.wgmma(acc, q, shared.k.at[slot].T)
-            pass_turn()
+            _pass_turn(rows, shared)
             return acc[...]
 
         z = pl.run_scoped(products, plgpu.ACC(plane.shape, jnp.float32))
         plgpu.barrier_arrive(shared.k_free.at[slot])
+        pl.when(s + 1 == listed.total)(release_queries)
         penalty = None
         if partial or slope is not None:
             pieces = listed(s)
@@ -203,14 +250,12 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, wher
     top = plgpu.layout_cast(jnp.full((WG_ROWS,), -jnp.inf, jnp.float32), ROW)
     total = plgpu.layout_cast(jnp.zeros((WG_ROWS,), jnp.float32), ROW)
 
-    plgpu.barrier_wait(shared.q_ready.at[wg])
     pl.when(listed.total > 0)(lambda: await_keys(0))
-    pl.when(wg == 1)(pass_turn)
+    pl.when(listed.total == 0)(release_queries)
     carry = lax.fori_loop(0, listed.partial, functools.partial(step, partial=True), (acc, top, total))
     acc, top, total = lax.fori_loop(
         listed.partial, listed.total, functools.partial(step, partial=False), carry
     )
-    pl.when(wg == 0)(pass_turn)
 
     some = total > 0
     lse = jnp.where(some, top * math.log(2) + jnp.log(total), -jnp.inf)

@@ -32,6 +32,10 @@ WGS = 2
 L2_BYTES = 32 << 20
 """Of the 50 MB of level-2 cache, what the operands shared by the CTAs in flight may fill."""
 
+MULTIPROCESSORS = 132
+WAVES = 6
+"""CTAs serve several tiles each where there are at least this many CTAs to a multiprocessor."""
+
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COLUMN = WGMMA.reduce(0)
@@ -61,29 +65,40 @@ def run(kernel: Callable, out, shared, ctas: int, wgs: int, operands):
 
 @dataclass(frozen=True)
 class Order:
-    """In which order CTAs start: by sections of heads whose moving operands fit the cache.
+    """In which order tiles start: by sections of heads whose moving operands fit the cache.
 
-    Inside a section a tile of every head starts before the next tile of any.
+    Inside a section a tile of every head starts before the next tile of any. A CTA serves `turns` tiles, one
+    after the other, so that the copies for the next one hide behind this one's end; the hardware hands out
+    CTAs as multiprocessors fall free, which balances walks of unequal length.
     """
 
     tiles: int
     heads: int  # over the whole batch
     section: int  # heads in a section
+    turns: int
 
     @staticmethod
-    def of(tiles: int, heads: int, bytes_per_head: int) -> "Order":
+    def of(tiles: int, heads: int, bytes_per_head: int, turns: int = 1) -> "Order":
         most = max(1, L2_BYTES // bytes_per_head)
-        return Order(tiles, heads, max(d for d in range(1, heads + 1) if heads % d == 0 and d <= most))
+        section = max(d for d in range(1, heads + 1) if heads % d == 0 and d <= most)
+        while turns > 1 and tiles * heads < turns * WAVES * MULTIPROCESSORS:
+            turns //= 2
+        return Order(tiles, heads, section, turns)
 
     @property
     def ctas(self) -> int:
-        return self.tiles * self.heads
+        return pl.cdiv(self.tiles * self.heads, self.turns)
 
-    def __call__(self):
-        """`(head, tile)` of this CTA."""
-        cta, size = lax.axis_index("cta"), self.tiles * self.section
-        rest = lax.rem(cta, size)
-        head = lax.div(cta, size) * self.section + lax.rem(rest, self.section)
+    @property
+    def count(self):
+        """Tiles of this CTA."""
+        return jnp.minimum(self.turns, self.tiles * self.heads - lax.axis_index("cta") * self.turns)
+
+    def __call__(self, turn):
+        """`(head, tile)` of a turn of this CTA."""
+        item, size = lax.axis_index("cta") * self.turns + turn, self.tiles * self.section
+        rest = lax.rem(item, size)
+        head = lax.div(item, size) * self.section + lax.rem(rest, self.section)
         return head, lax.div(rest, self.section)
 
 
