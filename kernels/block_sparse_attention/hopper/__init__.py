@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.platforms import vary, varying_axes
 
 from blockjax.masks import Ranges
 from blockjax.masks.predicates import is_concrete
@@ -68,7 +69,11 @@ def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
     leaves, tree = jax.tree.flatten(inputs.mask)
     known = tuple(x if is_concrete(x) else None for x in leaves)
     traced = tuple(x for x in leaves if not is_concrete(x))
-    o, lse = _attend(_Static(scale, soft_cap, tree, known), inputs._replace(mask=traced))
+    inputs = inputs._replace(mask=traced)
+    axes = varying_axes(inputs)
+    o, lse = _attend(
+        _Static(scale, soft_cap, tree, known), jax.tree.map(lambda x: vary(jnp.asarray(x), axes), inputs)
+    )
     return o[:, :T], lse[..., :T]
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Operands
 from blockjax.kernels.block_sparse_attention.hopper.forward import SHARED_BYTES, TURNS, copy_ring
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
+    COLUMN,
     ROW,
     WG_ROWS,
     WGMMA,
@@ -38,8 +39,8 @@ from jax import lax
 class Cotangents(NamedTuple):
     """`do` [B, T, N, Hv]; `lse` in units of ln 2, +inf where a row sees nothing, and `delta`, float32.
 
-    The last two are `[B, groups, units, 64]` for the rows that dQ holds, and `[B, N, tokens]`, padded as a
-    moving side, for dK and dV.
+    The last two are `[B, groups, units, 64]` for the rows that dQ holds, and `[B, N, tokens]`, padded as by
+    `Steps.pad`, for dK and dV.
     """
 
     do: Any
@@ -127,8 +128,8 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
                 z, c, dcap = call.scores(z, penalty)
                 p = jnp.exp2(z * c - plane.of_query(lse))
                 if partial:
-                    limit = call.key_limit(steps.gathered)
-                    seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limit)
+                    limits = None, call.key_limit(steps.gathered)
+                    seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limits)
                     p = p if seen is None else jnp.where(seen, p, 0.0)
                 dz = p * (dp - plane.of_query(delta))
                 if slope is not None:
@@ -175,8 +176,8 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
             copy_ring(
                 steps,
                 listed,
-                (operands.k.at[batch, :, key_head], shared.k, shared.k_ready, shared.k_free),
-                (operands.v.at[batch, :, key_head], shared.v, shared.v_ready, shared.v_free),
+                (shared.k_ready, shared.k_free, (operands.k.at[batch, :, key_head], shared.k)),
+                (shared.v_ready, shared.v_free, (operands.v.at[batch, :, key_head], shared.v)),
                 before=before,
             )
             return before + listed.total
@@ -218,6 +219,8 @@ class KeyShared(NamedTuple):
     v: Any
     q: Any
     do: Any
+    lse: Any
+    delta: Any
     ready: Any
     q_ready: Any
     do_ready: Any
@@ -237,6 +240,8 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
     wgs = 2 if split else rows.wgs
     order = Order.of(tiles, call.B * call.K, call.G * call.T * (H + Hv) * 2)
     plane = Plane((WG_ROWS, steps.tokens), q_axis=1)
+    # The copy engine writes to multiples of 128 bytes: smaller pieces are read where they are, and slower.
+    copied = steps.piece * 4 % 128 == 0
 
     def kernel(inputs, dk_ref, dv_ref, shared):
         operands, cotangents = inputs
@@ -264,14 +269,16 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
                     listed, n = listed_by(g), key_head * call.G + g
                     slope = None if operands.slope is None else operands.slope[n]
 
+                    def statistic(s, everywhere, ring):
+                        """Of the queries of a step."""
+                        if not copied:
+                            return gather(steps, listed(s), lambda here: everywhere.at[batch, n, here])
+                        return plgpu.load(ring.at[steps.slot(before + s)], layout=COLUMN, optimized=False)
+
                     def step(s, _, partial):
                         slot = steps.slot(before + s)
-                        pieces = listed(s)
-                        lse, delta = (
-                            gather(steps, pieces, lambda here, x=x: x.at[batch, n, here])
-                            for x in (cotangents.lse, cotangents.delta)
-                        )
                         plgpu.barrier_wait(shared.q_ready.at[slot])
+                        lse = statistic(s, cotangents.lse, shared.lse)
 
                         def product(z):
                             plgpu.wgmma(z, k, shared.q.at[slot].T)
@@ -280,14 +287,15 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
                         z = pl.run_scoped(product, plgpu.ACC(plane.shape, jnp.float32))
                         penalty = None
                         if partial or slope is not None:
+                            pieces = listed(s)
                             queries = moving_tokens(operands.q_side, steps, pieces, batch, mask.q_offset)
                         if slope is not None:
                             penalty = slope * plane.distance(queries, keys)
                         z, c, dcap = call.scores(z, penalty)
                         p = jnp.exp2(z * c - plane.of_query(lse))
                         if partial:
-                            limit = call.key_limit(gathered=1)
-                            seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limit)
+                            limits = call.T if steps.gathered > 1 else None, call.key_limit(gathered=1)
+                            seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limits)
                             p = p if seen is None else jnp.where(seen, p, 0.0)
                         plgpu.barrier_wait(shared.do_ready.at[slot])
 
@@ -299,6 +307,7 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
                             return plgpu.wgmma_accumulator_load(dp, wait_n=int(want_dv))
 
                         if want_dk:
+                            delta = statistic(s, cotangents.delta, shared.delta)
                             dp = pl.run_scoped(mix, plgpu.ACC(plane.shape, jnp.float32))
                             dz = p * (dp - plane.of_query(delta))
                             dz = dz if dcap is None else dz * dcap
@@ -372,11 +381,15 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
 
             def head(g, before):
                 listed, n = listed_by(g), key_head * call.G + g
+                lse, delta = (
+                    [(x.at[batch, n, pl.ds(steps.tokens, x.shape[-1] - steps.tokens)], ring)] * copied
+                    for x, ring in ((cotangents.lse, shared.lse), (cotangents.delta, shared.delta))
+                )
                 copy_ring(
                     steps,
                     listed,
-                    (operands.q.at[batch, :, n], shared.q, shared.q_ready, shared.q_free),
-                    (cotangents.do.at[batch, :, n], shared.do, shared.do_ready, shared.do_free),
+                    (shared.q_ready, shared.q_free, (operands.q.at[batch, :, n], shared.q), *lse),
+                    (shared.do_ready, shared.do_free, (cotangents.do.at[batch, :, n], shared.do), *delta),
                     before=before,
                 )
                 return before + listed.total
@@ -384,14 +397,17 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
             lax.fori_loop(0, call.G, head, 0)
 
     ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
+    statistics = plgpu.SMEM((steps.buffers, steps.tokens), jnp.float32) if copied else None
     shared = KeyShared(
         k=tiled((rows.wgs, WG_ROWS, H), call.dtype),
         v=tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
         q=tiled((steps.buffers, steps.tokens, H), call.dtype),
         do=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
+        lse=statistics,
+        delta=statistics,
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        q_ready=ring(num_arrivals=steps.gathered),
-        do_ready=ring(num_arrivals=steps.gathered),
+        q_ready=ring(num_arrivals=(1 + copied) * steps.gathered),
+        do_ready=ring(num_arrivals=(1 + copied) * steps.gathered),
         q_free=ring(num_arrivals=wgs),
         do_free=ring(num_arrivals=wgs),
     )

@@ -121,8 +121,8 @@ def forward(call: Call, operands, steps: Steps):
                 copy_ring(
                     steps,
                     listed,
-                    (operands.k.at[batch, :, key_head], shared.k, shared.k_ready, shared.k_free),
-                    (operands.v.at[batch, :, key_head], shared.v, shared.v_ready, shared.v_free),
+                    (shared.k_ready, shared.k_free, (operands.k.at[batch, :, key_head], shared.k)),
+                    (shared.v_ready, shared.v_free, (operands.v.at[batch, :, key_head], shared.v)),
                     before=before,
                 )
                 return before + listed.total
@@ -153,7 +153,7 @@ def forward(call: Call, operands, steps: Steps):
 
 
 def copy_ring(steps: Steps, listed, *rings, before=0):
-    """Keeps rings of tiles full: of each a source, buffers, and barriers for what is ready and what is free.
+    """Keeps rings full: each has barriers for what is ready and what is free, and pairs of source and buffers.
 
     `before` steps have gone through them already.
     """
@@ -162,11 +162,12 @@ def copy_ring(steps: Steps, listed, *rings, before=0):
         # The next entries are read while a buffer is awaited.
         following = [unit for unit, _, _ in listed(jnp.minimum(s + 1, listed.total - 1))]
         slot = steps.slot(before + s)
-        for ref, ring, ready, free in rings:
+        for ready, free, *copies in rings:
             pl.when(before + s >= steps.buffers)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
             for i, unit in enumerate(pieces):
                 here, there = pl.ds(unit * steps.piece, steps.piece), pl.ds(i * steps.piece, steps.piece)
-                plgpu.copy_gmem_to_smem(ref.at[here], ring.at[slot, there], ready.at[slot])
+                for source, buffers in copies:
+                    plgpu.copy_gmem_to_smem(source.at[here], buffers.at[slot, there], ready.at[slot])
         return following
 
     lax.fori_loop(0, listed.total, step, [unit for unit, _, _ in listed(0)])
@@ -218,8 +219,8 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, wher
             penalty = plane.of_query(slope) * plane.distance(queries, keys)
         z, c, _ = call.scores(z, penalty)
         if partial:
-            limit = call.key_limit(steps.gathered)
-            seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limit)
+            limits = None, call.key_limit(steps.gathered)
+            seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limits)
             z = z if seen is None else jnp.where(seen, z, -jnp.inf)
 
         # `top` is kept times c, so that exp2 takes one fused multiply-add.

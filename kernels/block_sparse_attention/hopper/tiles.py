@@ -17,6 +17,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import plan
+from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
 from blockjax.masks.predicates import And, Causal, Everything, Or, Predicate
@@ -49,7 +50,7 @@ def tiled(shape: tuple[int, ...], dtype) -> pl.MemoryRef:
 
 def run(kernel: Callable, out, shared, ctas: int, wgs: int, operands):
     """Runs `kernel(operands, *out, shared)` in thread blocks of `wgs` warpgroups and one that copies."""
-    return plgpu.kernel(
+    out = plgpu.kernel(
         kernel,
         out_type=out,
         scratch_types=[shared],
@@ -61,6 +62,9 @@ def run(kernel: Callable, out, shared, ctas: int, wgs: int, operands):
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )(operands)
+    # Inside `shard_map` a kernel's results have the type of something that is equal everywhere.
+    axes = varying_axes(operands)
+    return jax.tree.map(lambda x: vary(x, axes), out)
 
 
 @dataclass(frozen=True)
@@ -379,19 +383,27 @@ class Plane:
         """From a scalar or a vector over the step's tokens."""
         return lax.broadcast_in_dim(x, self.shape, [1] if jnp.ndim(x) else [])
 
-    def visible(self, predicates: tuple[Predicate, ...], tag: Callable, q: Tokens, k: Tokens, S: int | None):
-        """Which pairs see each other, None for all. Unless `S` is None, keys from there on do not exist."""
+    def visible(self, predicates: tuple[Predicate, ...], tag: Callable, q: Tokens, k: Tokens, limits):
+        """Which pairs see each other, None for all.
+
+        `limits` are the indices from which on queries and keys do not exist, None where a tile holds no such.
+        """
         granted = []
         for i, predicate in enumerate(predicates):
             held = self._holds(predicate, q, k)
             listed = self.of_moving(tag() & (1 << i)) != 0 if len(predicates) > 1 else None
             granted.append(_all(held, listed))
         seen = None if None in granted else functools.reduce(operator.or_, granted)
-        exists = None if S is None else self.of_key(k.index) < S
+        T, S = limits
+        seen = _all(
+            seen,
+            None if T is None else self.of_query(q.index) < T,
+            None if S is None else self.of_key(k.index) < S,
+        )
         if q.ids is None:
-            return _all(seen, exists)
+            return seen
         ids = self.of_query(q.ids)
-        return _all(seen, exists, ids == self.of_key(k.ids), ids >= 0)
+        return _all(seen, ids == self.of_key(k.ids), ids >= 0)
 
     def distance(self, q: Tokens, k: Tokens):
         return jnp.abs(self.of_query(q.position) - self.of_key(k.position)).astype(jnp.float32)
