@@ -1,6 +1,6 @@
 """Times training steps of a 375M decoder beside compiled PyTorch, on one GPU.
 
-    python experiments/train_speed.py [--case dense window] [--batch 4] [--remat none full] [--profile]
+    python experiments/train_speed.py [--case dense] [--batch 4] [--remat dots] [--stack unroll] [--profile]
 
 The decoder: 24 layers of width 1024, 8 heads of 128, SwiGLU of 2816, 32768 tokens, untied; sequences of 8192
 random tokens, float32 parameters, bfloat16 compute, AdamW. `window` gives three of four layers a window of
@@ -11,6 +11,7 @@ process, which says how much memory it took; `--profile` also lists what the dev
 import argparse
 import collections
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -28,32 +29,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--case", nargs="+", default=["torch", *PATTERNS], choices=["torch", *PATTERNS])
     parser.add_argument("--batch", nargs="+", type=int, default=[4], metavar="B")
-    parser.add_argument("--remat", nargs="+", default=["none"], help="of ours: none, dots or full")
+    parser.add_argument("--remat", nargs="+", default=["dots"], help="of ours: none, dots or full")
+    parser.add_argument("--stack", nargs="+", default=["unroll"], help="of ours: scan or unroll")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        case, batch, remat = args.one.split(",")
-        run = torch_steps if case == "torch" else functools.partial(our_steps, PATTERNS[case], remat)
+        case, batch, *how = args.one.split(",")
+        run = torch_steps if case == "torch" else functools.partial(our_steps, PATTERNS[case], *how)
         print(json.dumps(run(int(batch), args.profile)))
         return
     peer = None
     for batch in args.batch:
         for case in args.case:
-            for remat in ["none"] if case == "torch" else args.remat:
-                command = [sys.executable, __file__, "--one", f"{case},{batch},{remat}"]
+            for how in [("", "")] if case == "torch" else itertools.product(args.remat, args.stack):
+                command = [sys.executable, __file__, "--one", ",".join((case, str(batch), *how))]
                 child = subprocess.run(
                     command + ["--profile"] * args.profile, capture_output=True, text=True, check=False
                 )
                 if child.returncode:
-                    print(f"{case} B={batch} remat={remat} failed:\n{child.stderr[-2000:]}", flush=True)
+                    print(f"{case} B={batch} {' '.join(how)} failed:\n{child.stderr[-2000:]}", flush=True)
                     continue
                 found = json.loads(child.stdout.splitlines()[-1])
                 speed = batch * T / found["seconds"]
                 peer = speed if case == "torch" else peer
                 ratio = f" = {speed / peer:.3f} of PyTorch" if peer else ""
                 print(
-                    f"{case:7} B={batch} remat={remat:5} {found['seconds'] * 1e3:7.1f} ms/step "
+                    f"{case:7} B={batch} {' '.join(how):11} {found['seconds'] * 1e3:7.1f} ms/step "
                     f"{speed:9,.0f} tokens/s{ratio}, {found['bytes'] / 2**30:.1f} GiB",
                     flush=True,
                 )
@@ -61,7 +63,7 @@ def main() -> None:
                     print(f"    {seconds * 1e3:8.2f} ms {count:5d} x {name}", flush=True)
 
 
-def our_steps(pattern: str, remat: str, batch: int, profile: bool) -> dict:
+def our_steps(pattern: str, remat: str, stack: str, batch: int, profile: bool) -> dict:
     import jax
     import jax.numpy as jnp
 
@@ -73,7 +75,7 @@ def our_steps(pattern: str, remat: str, batch: int, profile: bool) -> dict:
 
     model = TransformerConfig(
         **dict(vocab_size=VOCAB, depth=LAYERS, width=WIDTH, heads=HEADS, kv_heads=HEADS, ffn=FFN),
-        **dict(head_dim=WIDTH // HEADS, context=T, qk_norm=False, pattern=pattern, remat=remat),
+        **dict(head_dim=WIDTH // HEADS, context=T, qk_norm=False, pattern=pattern, remat=remat, stack=stack),
     )
     tokens = jax.random.randint(jax.random.key(0), (batch, T + 1), 0, VOCAB)
     inputs = dict(

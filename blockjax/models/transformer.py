@@ -25,7 +25,7 @@ from flax import nnx
 from blockjax.depth import DepthQueries, Stream
 from blockjax.depth.stream import weight_table
 from blockjax.errors import UsageError, nearest
-from blockjax.kernels.block_sparse_attention import block_sparse_attention
+from blockjax.kernels.block_sparse_attention import RESIDUAL, block_sparse_attention
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec
@@ -35,13 +35,17 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
 Probe = Callable[[jax.Array, jax.Array, LayerSpec, jax.Array | None], Any]
 
-# What the backward of a period keeps: everything, the inputs, or also the
-# results of matmuls with weights (those without batch dimensions).
+# What the backward of a period keeps: everything, the inputs, or also what attention and matmuls with
+# weights (those without batch dimensions) result in.
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
     "full": jax.checkpoint,
     "dots": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(RESIDUAL),
+        ),
     ),
 }
 

@@ -97,6 +97,12 @@ def shardings(mesh: Mesh, shapes, axes):
     return jax.tree_util.tree_map_with_path(leaf, shapes, axes)
 
 
+def parts(name: str) -> int:
+    """Into how many parts the mesh in use cuts a logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _parts(mesh, partition_spec((name,))[0])
+
+
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """Pins an activation to its place on the mesh in use; nothing without one."""
     if jax.sharding.get_abstract_mesh().empty:

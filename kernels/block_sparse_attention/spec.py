@@ -6,8 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.platforms import Target
+from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.masks import BlockMask
+
+RESIDUAL = "block_sparse_attention"
+"""Name of `o` and `lse` for checkpoint policies: kept, a backward pass does not run the forward again."""
+
+
+def named(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a backend's forward keeps for its backward, with `RESIDUAL` as its name."""
+    return checkpoint_name(o, RESIDUAL), checkpoint_name(lse, RESIDUAL)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, named
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
@@ -70,7 +70,7 @@ def _forward(scores, inputs):
         return None, ((acc / total[..., None]).astype(q.dtype), lse)
 
     _, (o, lse) = lax.scan(row, None, (tiles.where, q))
-    o, lse = tiles.from_rows(o), tiles.from_rows(lse[..., None])[..., 0].swapaxes(1, 2)
+    o, lse = named(tiles.from_rows(o), tiles.from_rows(lse[..., None])[..., 0].swapaxes(1, 2))
     return (o, lse), (inputs, o, lse)
 
 

@@ -41,8 +41,8 @@ def inputs():
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunks", [1, 2, 6, 24])
 def test_equals_a_dense_reference(monkeypatch, inputs, chunks, z_loss):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", T // chunks * V)
-    assert chunk_size(T, V) == T // chunks
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", B * T // chunks * V)
+    assert chunk_size(B, T, V) == T // chunks
     hidden, head, targets = inputs
 
     def objective(hidden, head):
@@ -65,10 +65,12 @@ def test_without_targets_there_is_no_loss(inputs):
     assert value == 0 and not any(np.any(g) for g in grads)
 
 
-@pytest.mark.parametrize(("tokens", "vocab"), [(2048, 32768), (2048, 50257), (97, 1 << 22), (7, 1 << 23)])
-def test_a_chunk_divides_the_sequence(tokens, vocab):
-    size = chunk_size(tokens, vocab)
-    assert tokens % size == 0 and (size * vocab <= loss.CHUNK_LOGITS or size == 1)
+@pytest.mark.parametrize(
+    ("rows", "tokens", "vocab"), [(4, 8192, 32768), (64, 2048, 50257), (3, 97, 1 << 25), (1, 7, 1 << 28)]
+)
+def test_a_chunk_divides_the_sequence(rows, tokens, vocab):
+    size = chunk_size(rows, tokens, vocab)
+    assert tokens % size == 0 and (rows * size * vocab <= loss.CHUNK_LOGITS or size == 1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -78,6 +80,8 @@ def test_logits_never_exist_whole_in_float32(monkeypatch, accumulate):
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     optimizer = optax.sgd(1.0)
     batch = {key: jax.ShapeDtypeStruct((rows, tokens), jnp.int32) for key in BATCH_KEYS}
+
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", rows * tokens * vocab // 4)
 
     def largest_float32() -> int:
         step = make_train_step(nnx.graphdef(model), optimizer, z_loss=0.1, accumulate=accumulate)

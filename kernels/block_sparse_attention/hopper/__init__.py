@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, named
 from blockjax.kernels.platforms import vary, varying_axes
 
 from blockjax.masks import Ranges
@@ -109,7 +109,7 @@ def _forward(static, inputs):
 
     call, operands, tiles = _prepare(static, inputs)
     steps = Steps(*tiles.forward, call.bk)
-    o, lse = forward(call, operands(steps), steps)
+    o, lse = named(*forward(call, operands(steps), steps))
     return (o, lse), (inputs, o, lse)
 
 

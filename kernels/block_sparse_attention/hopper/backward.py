@@ -65,6 +65,7 @@ class QueryShared(NamedTuple):
     v_free: Any
 
 
+@functools.partial(jax.jit, static_argnames=("call", "steps"))
 def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps: Steps):
     """`dq` [B, T, N, H] in q's dtype, and the gradient of each row's slope [B, N, T] if there is a bias."""
     rows, H, Hv = call.held, call.H, call.Hv
@@ -76,7 +77,7 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
     tile_bytes = (steps.buffers * steps.tokens + rows.wgs * WG_ROWS) * (H + Hv) * 2
     in_place = bias or tile_bytes + rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
 
-    def kernel(inputs, dq_ref, dslope_ref, shared):
+    def attention_query_gradient(inputs, dq_ref, dslope_ref, shared):
         operands, cotangents = inputs
         wg = lax.axis_index("wg")
 
@@ -210,7 +211,7 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
     )
     per_row = jax.ShapeDtypeStruct((call.B, call.N // rows.heads, units, WG_ROWS), jnp.float32)
     out = jax.ShapeDtypeStruct((call.B, call.T, call.N, H), call.dtype), per_row if bias else None
-    dq, dslope = run(kernel, out, shared, order.ctas, rows.wgs, (operands, cotangents))
+    dq, dslope = run(attention_query_gradient, out, shared, order.ctas, rows.wgs, (operands, cotangents))
     return dq, None if dslope is None else rows.restore(dslope, call.T)
 
 
@@ -228,6 +229,7 @@ class KeyShared(NamedTuple):
     do_free: Any
 
 
+@functools.partial(jax.jit, static_argnames=("call", "steps"))
 def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps: Steps):
     """`dk` [B, S, K, H] and `dv` [B, S, K, Hv] in q's dtype, summed over the query heads of a group.
 
@@ -243,7 +245,7 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
     # The copy engine writes to multiples of 128 bytes: smaller pieces are read where they are, and slower.
     copied = steps.piece * 4 % 128 == 0
 
-    def kernel(inputs, dk_ref, dv_ref, shared):
+    def attention_key_gradients(inputs, dk_ref, dv_ref, shared):
         operands, cotangents = inputs
         group, tile = order(0)
         batch, key_head = lax.div(group, call.K), lax.rem(group, call.K)
@@ -412,4 +414,4 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
         do_free=ring(num_arrivals=wgs),
     )
     out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v))
-    return run(kernel, out, shared, order.ctas, wgs, (operands, cotangents))
+    return run(attention_key_gradients, out, shared, order.ctas, wgs, (operands, cotangents))

@@ -55,6 +55,7 @@ class Shared(NamedTuple):
     turn: Any
 
 
+@functools.partial(jax.jit, static_argnames=("call", "steps"))
 def forward(call: Call, operands, steps: Steps):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     rows, H, Hv = call.held, call.H, call.Hv
@@ -64,7 +65,7 @@ def forward(call: Call, operands, steps: Steps):
     ring_bytes = steps.buffers * steps.tokens * (H + Hv) * 2
     in_place = Hv == H and ring_bytes + 2 * rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
 
-    def kernel(operands, o_ref, lse_ref, shared):
+    def attention_forward(operands, o_ref, lse_ref, shared):
         wg = lax.axis_index("wg")
 
         def place(turn):
@@ -148,12 +149,12 @@ def forward(call: Call, operands, steps: Steps):
         jax.ShapeDtypeStruct((call.B, call.T, call.N, Hv), call.dtype),
         jax.ShapeDtypeStruct((call.B, call.N // rows.heads, units, WG_ROWS), jnp.float32),
     )
-    o, lse = run(kernel, out, shared, order.ctas, rows.wgs, operands)
+    o, lse = run(attention_forward, out, shared, order.ctas, rows.wgs, operands)
     return o, rows.restore(lse, call.T)
 
 
 def copy_ring(steps: Steps, listed, *rings, before=0):
-    """Keeps rings full: each has barriers for what is ready and what is free, and pairs of source and buffers.
+    """Keeps rings full; each is given as barriers for ready and free, then pairs of source and buffers.
 
     `before` steps have gone through them already.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, named
 from blockjax.kernels.block_sparse_attention.tpu import layout
 from blockjax.kernels.block_sparse_attention.tpu.layout import (
     MIB,
@@ -89,7 +89,7 @@ def _forward(options, inputs, walk):
         streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
         outputs=dict(o=(inputs.v.shape[-1], inputs.q.dtype), lse=PER_ROW),
     )
-    o, lse = launch.q.unlay(out["o"]), launch.per_token(out["lse"])
+    o, lse = named(launch.q.unlay(out["o"]), launch.per_token(out["lse"]))
     return (o, lse), (inputs, walk, o, lse)
 
 
