@@ -1,12 +1,19 @@
-"""Eight CPU devices for every test, set before jax is imported."""
+"""Eight CPU devices for every test, set before jax is imported.
+
+With BLOCKJAX_TEST_PLATFORM=cuda the GPUs instead, for the tests marked `gpu`.
+"""
 
 import os
 import pathlib
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+ON_GPU = os.environ.get("BLOCKJAX_TEST_PLATFORM", "cpu") == "cuda"
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+if ON_GPU:
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # tuning takes longer than the tests
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # workers share the memory
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where installed, asks the network otherwise
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,6 +22,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        if not ON_GPU:
+            pytest.skip("needs a Hopper GPU: make test-gpu")
+        import jax
+        from blockjax.kernels.block_sparse_attention import hopper
+
+        kind = jax.devices()[0].device_kind
+        if not hopper.HOPPER.search(kind):
+            pytest.skip(f"needs a Hopper GPU, not {kind}")
 
 
 @pytest.fixture

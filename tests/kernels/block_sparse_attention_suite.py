@@ -1,7 +1,8 @@
 """What every backend of `block_sparse_attention` must do; one subclass a backend.
 
 `compare` runs a call and its gradients, with random cotangents for `o` and for `lse`, against the dense
-oracle. Shapes are tiny: T of about 64 to 100, blocks of 16.
+oracle. Shapes are tiny: T of about 64 to 100, blocks of 16. What a backend computes in, and how close it must
+come, it says with `shapes` and `agree`.
 """
 
 import functools
@@ -39,8 +40,7 @@ def make(seed, mask, B=2, N=4, K=2, H=8, Hv=8, dtype="float32"):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "scale", "soft_cap"))
-def run(implementation, inputs, cotangents, mask, arrays=None, learned=None, scale=None, soft_cap=None):
+def both(implementation, inputs, cotangents, mask, arrays=None, learned=None, scale=None, soft_cap=None):
     """`o`, `lse` and the gradients of q, k, v and of the `learned` scalars (slope, sinks)."""
 
     def call(inputs, learned):
@@ -56,12 +56,21 @@ def run(implementation, inputs, cotangents, mask, arrays=None, learned=None, sca
     return o, lse, *pullback((do, dlse.astype(lse.dtype)))
 
 
+run = jax.jit(both, static_argnames=("implementation", "scale", "soft_cap"))
+"""With everything traced, the mask too."""
+
+
 def assert_close(ours, theirs, tolerance=2e-5):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
         np.testing.assert_allclose(
             a, b, atol=tolerance * max(1.0, np.abs(b[np.isfinite(b)]).max(initial=0)), rtol=0
         )
+
+
+def gradients(attend):
+    """Of `sum(attend(q, k, v) * do)`, as a function of q, k, v and do."""
+    return jax.grad(lambda q, k, v, do: jnp.sum(attend(q, k, v) * do), (0, 1, 2))
 
 
 def traced_top_k(mask, W):
@@ -104,6 +113,8 @@ MASKS = {
 
 class AttentionSuite:
     implementation: ClassVar[str]
+    shapes: ClassVar = dict(H=8, Hv=8, dtype="float32")
+    """Of `make`, where a test does not name others."""
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
@@ -114,11 +125,24 @@ class AttentionSuite:
         yield
         jax.config.update("jax_disable_most_optimizations", before)
 
-    def compare(self, mask, tolerance=2e-5, shapes=None, seed=0, **options):
-        inputs, cotangents = make(seed, mask, **(shapes or {}))
-        ours = run(self.implementation, inputs, cotangents, mask, **options)
-        theirs = run("reference", inputs, cotangents, mask, **options)
+    def make(self, seed, mask, **shapes):
+        return make(seed, mask, **self.shapes | shapes)
+
+    def agree(self, f, *arrays, tolerance=2e-5, expected=None):
+        """Asserts that `f(implementation, *arrays)` is what it is with the oracle, or what `expected` is."""
+        ours = f(self.implementation, *arrays)
+        theirs = f("reference", *arrays) if expected is None else expected(self.implementation, *arrays)
         assert_close(ours, theirs, tolerance)
+        return ours
+
+    def compare(self, mask, tolerance=2e-5, shapes=None, seed=0, **options):
+        inputs, cotangents = self.make(seed, mask, **(shapes or {}))
+        ours = self.agree(
+            lambda implementation, *x: run(implementation, *x, mask, **options),
+            inputs,
+            cotangents,
+            tolerance=tolerance,
+        )
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((ours[0], ours[2:])))
         return ours
 
@@ -126,12 +150,12 @@ class AttentionSuite:
     def test_masks(self, name):
         self.compare(MASKS[name]())
 
-    def test_everything_at_once(self):
+    def test_everything_at_once(self, Hv=12):
         segments = np.sort(np.random.default_rng(1).integers(-1, 3, (2, T)))
         kv_segments = np.sort(np.random.default_rng(2).integers(-1, 3, (2, S)))
         self.compare(
             MASKS["lists-batch-heads"]() | BlockMask.window(T, S, left=10, **BLOCKS),
-            shapes=dict(Hv=12),
+            shapes=dict(Hv=Hv),
             soft_cap=2.0,
             scale=0.7,
             arrays=dict(q_segment_ids=segments, kv_segment_ids=kv_segments),
@@ -164,7 +188,7 @@ class AttentionSuite:
     def test_finite_differences(self):
         with jax.enable_x64(True):
             mask = BlockMask.window(24, left=9, bq=8, bk=8)
-            inputs, _ = make(0, mask, B=1, N=2, K=1, H=4, Hv=4, dtype="float64")
+            inputs, _ = self.make(0, mask, B=1, N=2, K=1, H=4, Hv=4, dtype="float64")
 
             def f(q, k, v, slope, sinks):
                 return block_sparse_attention(
@@ -178,35 +202,41 @@ class AttentionSuite:
     @pytest.mark.parametrize("name", ["causal", "lists-query-heads"])
     def test_bfloat16(self, name):
         mask = MASKS[name]()
-        inputs, cotangents = make(0, mask, dtype="bfloat16")
+        inputs, cotangents = self.make(0, mask, dtype="bfloat16")
         ours = run(self.implementation, inputs, cotangents, mask)
         exact = run("reference", *jax.tree.map(lambda x: x.astype("float32"), (inputs, cotangents)), mask)
         assert ours[0].dtype == jnp.bfloat16 and ours[1].dtype == jnp.float32
         assert all(x.dtype == jnp.bfloat16 for x in ours[2])
         assert_close(ours, exact, 3e-2)
 
-    def test_rising_scores_force_rescaling(self):
-        mask = BlockMask.causal(T, **BLOCKS)
-        (q, k, v), cotangents = make(0, mask)
+    def test_rising_scores_force_rescaling(self, block=16):
+        T = 5 * block
+        mask = BlockMask.causal(T, bq=block, bk=block)
+        (q, k, v), cotangents = self.make(0, mask)
         q = jnp.abs(q)
-        k = jnp.linspace(-30, 30, T)[:, None, None] * jnp.ones_like(k)
-        ours, theirs = (run(i, (q, k, v), cotangents, mask) for i in (self.implementation, "reference"))
-        assert_close(ours, theirs)
+        k = jnp.linspace(-30, 30, T, dtype=k.dtype)[:, None, None] * jnp.ones_like(k)
+        self.agree(lambda implementation, *x: run(implementation, *x, mask), (q, k, v), cotangents)
 
     def test_segments_equal_separate_calls(self):
         mask = BlockMask.causal(64, **BLOCKS)
-        (q, k, v), _ = make(0, mask)
+        (q, k, v), _ = self.make(0, mask)
         ids = jnp.repeat(jnp.array([[0, 4]]), 32, axis=1).repeat(2, 0)
-        attend = functools.partial(block_sparse_attention, implementation=self.implementation)
-        whole = attend(q, k, v, mask, q_segment_ids=ids)
-        half = BlockMask.causal(32, **BLOCKS)
-        parts = [attend(q[:, i], k[:, i], v[:, i], half) for i in (slice(0, 32), slice(32, 64))]
-        assert_close(whole, jnp.concatenate(parts, 1))
+
+        def whole(implementation, q, k, v):
+            return block_sparse_attention(q, k, v, mask, q_segment_ids=ids, implementation=implementation)
+
+        def parts(implementation, *x):
+            half = BlockMask.causal(32, **BLOCKS)
+            halves = (tuple(a[:, i] for a in x) for i in (slice(0, 32), slice(32, 64)))
+            outputs = (block_sparse_attention(*h, half, implementation=implementation) for h in halves)
+            return jnp.concatenate([*outputs], 1)
+
+        self.agree(whole, q, k, v, expected=parts)
 
     def test_disjoint_segments_read_nothing(self):
         """Ids prove the other document's tiles empty: NaN in them stays there."""
         mask = BlockMask.full(256, bq=128, bk=128)
-        (q, k, v), cotangents = make(0, mask, B=1)
+        (q, k, v), cotangents = self.make(0, mask, B=1)
         ids = jnp.repeat(jnp.array([[0, 1]]), 128, axis=1)
         k, v = (x.at[:, 128:].set(jnp.nan) for x in (k, v))
         arrays = dict(q_segment_ids=ids)
@@ -220,12 +250,12 @@ class AttentionSuite:
         assert (o[:, 20:] == 0).all() and (lse[..., 20:] == -jnp.inf).all()
         assert all((x[:, 20:] == 0).all() for x in (dq, dk, dv))
 
-    def test_empty_rows_and_columns(self):
+    def test_empty_rows_and_columns(self, block=16):
         blocks = np.ones((5, 6), bool)
         blocks[2], blocks[:, 3] = False, False
-        mask = BlockMask.from_block_bool(blocks, T, S, **BLOCKS)
+        mask = BlockMask.from_block_bool(blocks, bq=block, bk=block)
         o, lse, (dq, dk, dv), _ = self.compare(mask)
-        rows, columns = slice(32, 48), slice(48, 64)
+        rows, columns = slice(2 * block, 3 * block), slice(3 * block, 4 * block)
         assert (o[:, rows] == 0).all() and (lse[..., rows] == -jnp.inf).all() and (dq[:, rows] == 0).all()
         assert (dk[:, columns] == 0).all() and (dv[:, columns] == 0).all()
 
@@ -235,20 +265,21 @@ class AttentionSuite:
         assert all((g == 0).all() for g in grads)
 
     @pytest.mark.parametrize("form", ["ranges", "lists", "lists-heads"])
-    def test_nan_in_unlisted_blocks_does_not_leak(self, form):
+    def test_nan_in_unlisted_blocks_does_not_leak(self, form, block=16):
+        T, S, sizes = 5 * block, 6 * block, dict(bq=block, bk=block)
         if form == "ranges":
-            mask = BlockMask.window(T, S, left=16, **BLOCKS, q_offset=32)
+            mask = BlockMask.window(T, S, left=block, **sizes, q_offset=2 * block)
         else:
             # Heads list different blocks and different numbers of them, so some finish early.
             blocks = random_blocks(1, *((4,) if form == "lists-heads" else ()), 5, 6)
             blocks[..., -1] = False
-            mask = BlockMask.from_block_bool(blocks, T, S, **BLOCKS)
+            mask = BlockMask.from_block_bool(blocks, T, S, **sizes)
         shapes = dict(K=4) if form == "lists-heads" else {}
-        (q, k, v), cotangents = make(0, mask, **shapes)
+        (q, k, v), cotangents = self.make(0, mask, **shapes)
         tags = np.broadcast_to(mask.tags()[0], (k.shape[2], mask.nq, mask.nk))
         read = tags.any(1) if form == "lists-heads" else tags[:1].any(1).repeat(k.shape[2], 0)
         clean = run(self.implementation, (q, k, v), cotangents, mask)
-        poison = jnp.asarray(np.where(np.repeat(read, 16, axis=1).T, 0, np.nan)[None, :, :, None], "float32")
+        poison = jnp.asarray(np.where(np.repeat(read, block, axis=1).T, 0, np.nan)[None, :, :, None], k.dtype)
         assert bool(jnp.isnan(poison).any())
         poisoned = run(self.implementation, (q, k + poison, v + poison), cotangents, mask)
         for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(poisoned), strict=True):
@@ -258,7 +289,7 @@ class AttentionSuite:
     def test_nan_in_one_row_of_queries_stays_there(self, name):
         """A finished or empty tile must not multiply what another head still reads."""
         mask = MASKS[name]()
-        (q, k, v), cotangents = make(0, mask)
+        (q, k, v), cotangents = self.make(0, mask)
         block = 1
         k = k.at[:, 16 * block : 16 * block + 16].set(jnp.nan)
         o, _, (dq, _, _), _ = run(self.implementation, (q, k, v), cotangents, mask)
@@ -271,72 +302,85 @@ class AttentionSuite:
     def test_lists_made_inside_jit(self):
         base = BlockMask.full(T, S, **BLOCKS)
         index, count = traced_top_k(base, W=5)
-        (q, k, v), cotangents = make(0, base)
+        inputs, cotangents = self.make(0, base)
 
         @functools.partial(jax.jit, static_argnums=0)
-        def f(implementation, index, count):
+        def f(implementation, inputs, cotangents, index, count):
             mask = BlockMask.from_indices(index, count, T=T, S=S, **BLOCKS, predicate=Causal(), q_offset=16)
-            return run(implementation, (q, k, v), cotangents, mask)
+            return run(implementation, inputs, cotangents, mask)
 
-        ours, theirs = f(self.implementation, index, count), f("reference", index, count)
-        assert_close(ours, theirs)
-        shuffled = f(self.implementation, index[..., ::-1], jnp.full_like(count, 5))
-        ordered = f(self.implementation, index, jnp.full_like(count, 5))
+        self.agree(f, inputs, cotangents, index, count)
+        everything = jnp.full_like(count, 5)
+        shuffled = f(self.implementation, inputs, cotangents, index[..., ::-1], everything)
+        ordered = f(self.implementation, inputs, cotangents, index, everything)
         for a, b in zip(jax.tree.leaves(shuffled), jax.tree.leaves(ordered), strict=True):
             np.testing.assert_array_equal(a, b)
 
     def test_mask_as_argument_equals_mask_closed_over(self):
         for name in ("window", "or"):
             mask = MASKS[name]()
-            (q, k, v), _ = make(0, mask)
-            attend = functools.partial(block_sparse_attention, implementation=self.implementation)
-            as_argument = jax.jit(attend)(q, k, v, mask)
-            closed_over = jax.jit(lambda q, k, v: attend(q, k, v, mask))(q, k, v)  # noqa: B023
-            assert_close(as_argument, closed_over, 1e-6)
+            inputs, _ = self.make(0, mask)
+
+            def as_argument(implementation, *x, mask=mask):
+                attend = functools.partial(block_sparse_attention, implementation=implementation)
+                return jax.jit(attend)(*x, mask)
+
+            def closed_over(implementation, *x, mask=mask):
+                attend = functools.partial(block_sparse_attention, mask=mask, implementation=implementation)
+                return jax.jit(attend)(*x)
+
+            self.agree(as_argument, *inputs, expected=closed_over, tolerance=1e-6)
 
     def test_one_scan_body_serves_every_window(self):
         windows = jnp.array([3, 20, 64, FAR])
         base = BlockMask.causal(T, **BLOCKS)
-        (q, k, v), cotangents = make(0, base)
+        (q, k, v), cotangents = self.make(0, base)
         traces = []
 
-        @jax.jit
-        def layers(q, k, v, windows):
+        @functools.partial(jax.jit, static_argnums=0)
+        def layers(implementation, q, k, v, windows):
             def layer(h, left):
                 traces.append(left)
                 mask = BlockMask.window(T, left=left, **BLOCKS)
-                return h + block_sparse_attention(h, k, v, mask, implementation=self.implementation), None
+                return h + block_sparse_attention(h, k, v, mask, implementation=implementation), None
 
             return jax.lax.scan(layer, q, windows)[0]
 
-        def loop(q, k, v):
-            for left in windows.tolist():
-                mask = BlockMask.window(T, left=left, **BLOCKS)
-                q = q + block_sparse_attention(q, k, v, mask, implementation="reference")
-            return q
+        def scanned(implementation, q, k, v, do):
+            o, pullback = jax.vjp(lambda *x: layers(implementation, *x, windows), q, k, v)
+            return o, pullback(do)
 
-        ours, pullback = jax.vjp(lambda *x: layers(*x, windows), q, k, v)
-        theirs, expected = jax.vjp(loop, q, k, v)
-        assert_close((ours, pullback(cotangents[0])), (theirs, expected(cotangents[0])), 1e-4)
+        def looped(_, q, k, v, do):
+            def loop(q, k, v):
+                for left in windows.tolist():
+                    mask = BlockMask.window(T, left=left, **BLOCKS)
+                    q = q + block_sparse_attention(q, k, v, mask, implementation="reference")
+                return q
+
+            o, pullback = jax.vjp(loop, q, k, v)
+            return o, pullback(do)
+
+        self.agree(scanned, q, k, v, cotangents[0], expected=looped, tolerance=1e-4)
         before = len(traces)
-        layers(q, k, v, jnp.array([1, 2, 3, 4]))
-        layers(q, k, v, jnp.array([5, 6, 7, 8]))
+        layers(self.implementation, q, k, v, jnp.array([1, 2, 3, 4]))
+        layers(self.implementation, q, k, v, jnp.array([5, 6, 7, 8]))
         assert len(traces) <= before + 1
 
     @pytest.mark.parametrize("block", [(16, 16), (16, 64), (64, 32), (40, 24)])
     def test_block_size_does_not_matter(self, block):
         bq, bk = block
         mask = BlockMask.window(T, left=30, right=5, bq=bq, bk=bk)
-        inputs, cotangents = make(0, mask)
-        same = BlockMask.window(T, left=30, right=5, bq=80, bk=80)
-        assert_close(*(run(self.implementation, inputs, cotangents, m) for m in (mask, same)))
+        inputs, cotangents = self.make(0, mask)
+        whole = BlockMask.window(T, left=30, right=5, bq=80, bk=80)
+        with_mask = lambda mask: lambda implementation, *x: run(implementation, *x, mask)  # noqa: E731
+        self.agree(with_mask(mask), inputs, cotangents, expected=with_mask(whole))
 
     def test_padding_of_lists_does_not_matter(self):
         index = np.array([[0, 2, 3], [1, 2, 4], [0, 3, 4], [0, 1, 2], [2, 3, 4]])
         count = np.array([3, 2, 0, 1, 3])
         padded = np.concatenate([index, np.full((5, 4), 99)], 1)
         masks = [BlockMask.from_indices(x, count, **BLOCKS) for x in (index, padded)]
-        inputs, cotangents = make(0, masks[0])
+        inputs, cotangents = self.make(0, masks[0])
         results = [run(self.implementation, inputs, cotangents, m) for m in masks]
         for a, b in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -349,13 +393,18 @@ class AttentionSuite:
         tokens = (order[:, None] * 16 + np.arange(16)).reshape(-1)
         plain = BlockMask.from_block_bool(blocks, T, S, **options)
         permuted = BlockMask.from_block_bool(blocks[..., order], T, S, **options)
-        (q, k, v), cotangents = make(0, plain)
-        o, lse, (dq, dk, dv), _ = run("reference", (q, k, v), cotangents, plain)
-        ours = run(
-            self.implementation, (q, k[:, tokens], v[:, tokens]), cotangents, permuted,
-            arrays=dict(kv_positions=jnp.asarray(tokens)),
-        )  # fmt: skip
-        assert_close(ours, (o, lse, (dq, dk[:, tokens], dv[:, tokens]), None))
+        (q, k, v), cotangents = self.make(0, plain)
+        positions = dict(kv_positions=jnp.asarray(tokens))
+
+        def f(implementation, q, k, v, cotangents):
+            inputs = q, k[:, tokens], v[:, tokens]
+            return run(implementation, inputs, cotangents, permuted, arrays=positions)
+
+        def expected(_, q, k, v, cotangents):
+            o, lse, (dq, dk, dv), _ = run("reference", (q, k, v), cotangents, plain)
+            return o, lse, (dq, dk[:, tokens], dv[:, tokens]), None
+
+        self.agree(f, q, k, v, cotangents, expected=expected)
 
     def test_per_token_positions(self):
         rng = np.random.default_rng(5)
@@ -376,22 +425,23 @@ class AttentionSuite:
         slots = rng.permutation(cache)
         lengths = np.array([20, 41])
         everything = BlockMask.window(cache, left=left, **BLOCKS)
-        (q, k, v), _ = make(0, everything)
-        want = block_sparse_attention(q, k, v, everything, implementation="reference")
-
+        inputs, _ = self.make(0, everything)
         kv_positions = np.zeros((B, cache), int)
         kv_segments = np.full((B, cache), -1)
-        cached_k, cached_v = (1e3 + jnp.zeros_like(x) for x in (k, v))
         for b, length in enumerate(lengths):
             used = slots[:length]
             kv_positions[b, used], kv_segments[b, used] = np.arange(length), 0
-            cached_k = cached_k.at[b, used].set(k[b, :length])
-            cached_v = cached_v.at[b, used].set(v[b, :length])
         q_positions = lengths[:, None] - new + np.arange(new)
         rows = np.arange(B)[:, None]
 
-        @jax.jit
-        def decode(q, k, v, left):
+        def cached(x):
+            rubbish = 1e3 + jnp.zeros_like(x)
+            for b, length in enumerate(lengths):
+                rubbish = rubbish.at[b, slots[:length]].set(x[b, :length])
+            return rubbish
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def decode(implementation, q, k, v, left):
             mask = BlockMask.from_predicate(Window(left), new, cache, **BLOCKS, prune=False)
             return block_sparse_attention(
                 q,
@@ -402,25 +452,37 @@ class AttentionSuite:
                 kv_segment_ids=jnp.asarray(kv_segments),
                 q_positions=jnp.asarray(q_positions),
                 kv_positions=jnp.asarray(kv_positions),
-                implementation=self.implementation,
+                implementation=implementation,
             )
 
-        assert_close(decode(q[rows, q_positions], cached_k, cached_v, left), want[rows, q_positions])
+        def step(implementation, q, k, v):
+            return decode(implementation, q[rows, q_positions], cached(k), cached(v), left)
+
+        def expected(_, q, k, v):
+            return block_sparse_attention(q, k, v, everything, implementation="reference")[rows, q_positions]
+
+        self.agree(step, *inputs, expected=expected)
 
     def test_offset_decoding_visits_the_window_only(self):
-        (q, k, v), _ = make(0, BlockMask.causal(T, **BLOCKS))
-        want = block_sparse_attention(
-            q, k, v, BlockMask.window(T, left=20, **BLOCKS), implementation="reference"
-        )
+        inputs, _ = self.make(0, BlockMask.causal(T, **BLOCKS))
+        counts = []
 
-        @jax.jit
-        def decode(q, k, v, at):
+        @functools.partial(jax.jit, static_argnums=0)
+        def decode(implementation, q, k, v, at):
             mask = BlockMask.window(1, T, left=20, **BLOCKS, q_offset=at)
-            return block_sparse_attention(q, k, v, mask, implementation=self.implementation), mask.count(0)
+            return block_sparse_attention(q, k, v, mask, implementation=implementation), mask.count(0)
 
-        o, count = decode(q[:, 50:51], k.at[:, :16].set(jnp.nan), v, 50)
-        assert_close(o, want[:, 50:51])
-        assert count.item() == 3  # tokens 31 to 50 lie in three blocks of 16
+        def step(implementation, q, k, v):
+            o, count = decode(implementation, q[:, 50:51], k.at[:, :16].set(jnp.nan), v, 50)
+            counts.append(count.item())
+            return o
+
+        def expected(_, q, k, v):
+            window = BlockMask.window(T, left=20, **BLOCKS)
+            return block_sparse_attention(q, k, v, window, implementation="reference")[:, 50:51]
+
+        self.agree(step, *inputs, expected=expected)
+        assert set(counts) == {3}  # tokens 31 to 50 lie in three blocks of 16
 
     def test_shards_of_a_mask_merge(self):
         """Each half of the keys under its piece of the mask, folded: what a ring does."""
@@ -428,87 +490,91 @@ class AttentionSuite:
 
         lists = BlockMask.from_block_bool(random_blocks(9, 4, 6, 6), **BLOCKS)
         for mask in (BlockMask.chunked(96, size=40, **BLOCKS), lists):
-            (q, k, v), _ = make(0, mask)
-            attend = functools.partial(
-                block_sparse_attention, implementation=self.implementation, return_lse=True
-            )
-            o, lse = attend(q, k, v, mask)
+            inputs, _ = self.make(0, mask)
 
-            @jax.jit
-            def piece(i, j, mask=mask, q=q, k=k, v=v, attend=attend):
-                part = mask.rows(3 * i, 3).columns(3 * j, 3)
-                at = lambda x, n: jax.lax.dynamic_slice_in_dim(x, 48 * n, 48, 1)  # noqa: E731
-                o, lse = attend(at(q, i), at(k, j), at(v, j), part)
+            def whole(implementation, *x, mask=mask):
+                o, lse = block_sparse_attention(*x, mask, implementation=implementation, return_lse=True)
                 return o.swapaxes(1, 2), lse
 
-            for i in range(2):
-                merged, total = partials.fold(piece(i, j) for j in range(2))
-                assert_close(
-                    (merged.swapaxes(1, 2), total), (o[:, 48 * i :][:, :48], lse[..., 48 * i :][..., :48])
+            @functools.partial(jax.jit, static_argnums=0)
+            def piece(implementation, i, j, q, k, v, mask=mask):
+                part = mask.rows(3 * i, 3).columns(3 * j, 3)
+                at = lambda x, n: jax.lax.dynamic_slice_in_dim(x, 48 * n, 48, 1)  # noqa: E731
+                o, lse = block_sparse_attention(
+                    at(q, i), at(k, j), at(v, j), part, implementation=implementation, return_lse=True
                 )
+                return o.swapaxes(1, 2), lse
+
+            def folded(implementation, *x, piece=piece):
+                rows = [partials.fold(piece(implementation, i, j, *x) for j in range(2)) for i in range(2)]
+                return jax.tree.map(lambda *halves: jnp.concatenate(halves, 2), *rows)
+
+            self.agree(folded, *inputs, expected=whole)
 
     def test_bitwise_equal_from_run_to_run(self):
         mask = MASKS["lists-query-heads"]()
-        inputs, cotangents = make(0, mask)
+        inputs, cotangents = self.make(0, mask)
         first, second = (run(self.implementation, inputs, cotangents, mask) for _ in range(2))
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
             np.testing.assert_array_equal(a, b)
 
     def test_vmap_and_remat(self):
         mask = MASKS["or"]()
-        (q, k, v), (do, _) = make(0, mask)
+        inputs, (do, _) = self.make(0, mask)
 
-        @jax.remat
-        def one(q, k, v):
-            return block_sparse_attention(
-                q[None], k[None], v[None], mask, implementation=self.implementation
-            )[0]
+        def mapped(implementation, *x):
+            @jax.remat
+            def one(q, k, v):
+                return block_sparse_attention(q[None], k[None], v[None], mask, implementation=implementation)[
+                    0
+                ]
 
-        def loss(attend, *x):
-            return jnp.sum(attend(*x) * do)
+            return jax.jit(gradients(jax.vmap(one)))(*x)
 
-        ours = jax.jit(jax.grad(functools.partial(loss, jax.vmap(one)), (0, 1, 2)))(q, k, v)
-        plain = functools.partial(block_sparse_attention, mask=mask, implementation="reference")
-        assert_close(ours, jax.grad(functools.partial(loss, plain), (0, 1, 2))(q, k, v))
+        def plain(_, *x):
+            attend = functools.partial(block_sparse_attention, mask=mask, implementation="reference")
+            return gradients(attend)(*x)
+
+        self.agree(mapped, *inputs, do, expected=plain)
 
     def test_vmap_over_windows(self):
-        (q, k, v), _ = make(0, BlockMask.causal(T, **BLOCKS))
+        inputs, _ = self.make(0, BlockMask.causal(T, **BLOCKS))
 
-        def attend(left, implementation):
-            return block_sparse_attention(
-                q, k, v, BlockMask.window(T, left=left, **BLOCKS), implementation=implementation
-            )
+        def f(implementation, *x):
+            def attend(left):
+                mask = BlockMask.window(T, left=left, **BLOCKS)
+                return block_sparse_attention(*x, mask, implementation=implementation)
 
-        ours, theirs = (
-            jax.vmap(functools.partial(attend, implementation=i))(jnp.array([4, 40]))
-            for i in (self.implementation, "reference")
-        )
-        assert_close(ours, theirs)
+            return jax.vmap(attend)(jnp.array([4, 40]))
+
+        self.agree(f, *inputs)
 
     @pytest.mark.parametrize("check_vma", [True, False])
     @pytest.mark.parametrize("axis", ["batch", "queries"])
     def test_shard_map(self, axis, check_vma):
         """With queries sharded, each device sees all keys, and their gradients are summed over devices."""
         mask = BlockMask.from_block_bool(random_blocks(1, 2, 4, 6), 64, S, **BLOCKS, predicate=Causal())
-        (q, k, v), (do, _) = make(0, mask)
+        inputs, (do, _) = self.make(0, mask)
         n = min(2, jax.device_count())
         mesh = jax.make_mesh((n,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
         spec, kv_spec = (jax.P("x"), jax.P("x")) if axis == "batch" else (jax.P(None, "x"), jax.P())
 
-        def local(q, k, v):
-            rows = mask.nq // n
-            part = mask if axis == "batch" else mask.rows(jax.lax.axis_index("x") * rows, rows)
-            return block_sparse_attention(q, k, v, part, implementation=self.implementation)
+        def sharded(implementation, *x):
+            def local(q, k, v):
+                rows = mask.nq // n
+                part = mask if axis == "batch" else mask.rows(jax.lax.axis_index("x") * rows, rows)
+                return block_sparse_attention(q, k, v, part, implementation=implementation)
 
-        def loss(attend, *x):
-            return jnp.sum(attend(*x) * do)
+            mapped = jax.shard_map(
+                local, mesh=mesh, in_specs=(spec, kv_spec, kv_spec), out_specs=spec, check_vma=check_vma
+            )
+            return jax.jit(gradients(mapped))(*x)
 
-        sharded = jax.shard_map(
-            local, mesh=mesh, in_specs=(spec, kv_spec, kv_spec), out_specs=spec, check_vma=check_vma
-        )
-        whole = functools.partial(block_sparse_attention, mask=mask, implementation="reference")
-        gradients = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2))) for f in (sharded, whole))
-        assert_close(*(g(q, k, v) for g in gradients))
+        def whole(_, *x):
+            attend = functools.partial(block_sparse_attention, mask=mask, implementation="reference")
+            return jax.jit(gradients(attend))(*x)
+
+        self.agree(sharded, *inputs, do, expected=whole)
 
     @pytest.mark.parametrize("form", ["ranges", "lists"])
     def test_memory_is_linear(self, form):
@@ -517,7 +583,7 @@ class AttentionSuite:
         mask = BlockMask.window(n, left=256, bq=128, bk=128)
         if form == "lists":
             mask = mask | BlockMask.from_block_bool(random_blocks(0, 2, 16, 16, density=0.2), bq=128, bk=128)
-        x = jax.ShapeDtypeStruct((1, n, 2, 16), jnp.float32)
+        x = jax.ShapeDtypeStruct((1, n, 2, max(16, self.shapes["H"])), self.shapes["dtype"])
         ids = jax.ShapeDtypeStruct((1, n), jnp.int32)
 
         def loss(q, k, v, ids):
@@ -544,7 +610,7 @@ class AttentionSuite:
 
     def test_unsupported_name(self):
         mask = BlockMask.causal(32, **BLOCKS)
-        inputs, _ = make(0, mask)
+        inputs, _ = self.make(0, mask)
         with pytest.raises(UsageError, match=r"no implementation 'cuda'.*xla"):
             block_sparse_attention(*inputs, mask, implementation="cuda")
 
@@ -553,9 +619,9 @@ class AttentionSuite:
             return (pq - pk) % n == 0
 
         @functools.partial(jax.jit, static_argnums=0)
-        def f(implementation, n, inputs):
+        def f(implementation, n, *x):
             mask = BlockMask.from_predicate(Function(every, (n,)), T, S, **BLOCKS)
-            return block_sparse_attention(*inputs, mask, implementation=implementation)
+            return block_sparse_attention(*x, mask, implementation=implementation)
 
-        inputs, _ = make(0, BlockMask.full(T, S, **BLOCKS))
-        assert_close(*(f(i, 3, inputs) for i in (self.implementation, "reference")))
+        inputs, _ = self.make(0, BlockMask.full(T, S, **BLOCKS))
+        self.agree(f, 3, *inputs)
