@@ -5,12 +5,17 @@ ARGS   =
 
 PYTHON  = .venv/bin/python
 INSTALL = @./venv.sh .venv -e '.[$(EXTRAS)]'
-.PHONY: help train test test-oldest lint clean
+# The TPU compiler, for tests. In an environment, JAX would look for TPUs with it.
+LIBTPU  = @test -e .libtpu/libtpu/libtpu.so \
+	|| $(PYTHON) -m pip install -qq --retries=1 --no-deps --target=.libtpu libtpu==0.0.52 \
+	|| echo "libtpu could not be installed: the tests that compile for TPUs are skipped."
+.PHONY: help train test test-oldest test-gpu lint clean
 
 help:
 	@echo "make train         trains $(CONFIG) in $(RUN), or continues it"
 	@echo "make test          runs all tests"
 	@echo "make test-oldest   runs them with the oldest JAX that is supported"
+	@echo "make test-gpu      runs those that need a Hopper GPU, with EXTRAS=dev,cuda"
 	@echo "make lint          checks style and formatting"
 	@echo "make clean         removes environments and caches, not data/ and runs/"
 	@echo
@@ -25,11 +30,19 @@ train:
 
 test:
 	$(INSTALL)
+	$(LIBTPU)
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
+test-oldest: PYTHON = .venv-oldest/bin/python
 test-oldest:
 	@./venv.sh .venv-oldest -e '.[dev]' jax==0.11.2 jaxlib==0.11.2
-	@.venv-oldest/bin/python -m pytest -n 2 $(ARGS)
+	$(LIBTPU)
+	@$(PYTHON) -m pytest -n 2 $(ARGS)
+
+test-gpu: EXTRAS = dev,cuda
+test-gpu:
+	$(INSTALL)
+	@BLOCKJAX_TEST_PLATFORM=cuda $(PYTHON) -m pytest -n 8 -m gpu tests/kernels $(ARGS)
 
 lint:
 	$(INSTALL)
@@ -37,5 +50,5 @@ lint:
 	@$(PYTHON) -m ruff format --check .
 
 clean:
-	rm -rf .venv .venv-oldest .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-oldest .libtpu .jax_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
