@@ -2,6 +2,7 @@ CONFIG = configs/quickstart.py
 RUN    = runs/quickstart
 EXTRAS = dev
 ARGS   =
+TESTS  = not exhaustive
 
 PYTHON  = .venv/bin/python
 INSTALL = @./venv.sh .venv -e '.[$(EXTRAS)]'
@@ -9,11 +10,12 @@ INSTALL = @./venv.sh .venv -e '.[$(EXTRAS)]'
 LIBTPU  = @test -e .libtpu/libtpu/libtpu.so \
 	|| $(PYTHON) -m pip install -qq --retries=1 --no-deps --target=.libtpu libtpu==0.0.52 \
 	|| echo "libtpu could not be installed: the tests that compile for TPUs are skipped."
-.PHONY: help train test test-oldest test-gpu lint clean
+.PHONY: help train test test-all test-oldest test-gpu lint clean
 
 help:
 	@echo "make train         trains $(CONFIG) in $(RUN), or continues it"
-	@echo "make test          runs all tests"
+	@echo "make test          runs the tests"
+	@echo "make test-all      runs more cases of the TPU kernels too"
 	@echo "make test-oldest   runs them with the oldest JAX that is supported"
 	@echo "make test-gpu      runs those that need a Hopper GPU, with EXTRAS=dev,cuda"
 	@echo "make lint          checks style and formatting"
@@ -31,13 +33,16 @@ train:
 test:
 	$(INSTALL)
 	$(LIBTPU)
-	@$(PYTHON) -m pytest -n 2 $(ARGS)
+	@$(PYTHON) -m pytest -n 2 -m "$(TESTS)" $(ARGS)
+
+test-all:
+	@$(MAKE) --no-print-directory test TESTS=
 
 test-oldest: PYTHON = .venv-oldest/bin/python
 test-oldest:
 	@./venv.sh .venv-oldest -e '.[dev]' jax==0.11.2 jaxlib==0.11.2
 	$(LIBTPU)
-	@$(PYTHON) -m pytest -n 2 $(ARGS)
+	@$(PYTHON) -m pytest -n 2 -m "$(TESTS)" $(ARGS)
 
 test-gpu: EXTRAS = dev,cuda
 test-gpu:

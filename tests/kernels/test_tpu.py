@@ -23,6 +23,7 @@ from blockjax.masks import BlockMask, Causal, Window
 from experiments import tpu_schedule
 from tests.kernels.block_sparse_attention_suite import AttentionSuite, assert_close, make, run
 
+EXHAUSTIVE = pytest.mark.exhaustive
 SMALL = dict(forward=(128, 256), dq=(128, 256), dkv=(128, 256))
 
 
@@ -55,27 +56,57 @@ class TestTpu(AttentionSuite):
     test_segments_equal_separate_calls = test_mask_as_argument_equals_mask_closed_over = None
 
     @pytest.mark.parametrize(
-        "name", ["causal-ragged", "chunked", "function", "lists-batch-heads", "wide-blocks"]
+        "name",
+        [
+            "causal-ragged",
+            "lists-batch-heads",
+            *(pytest.param(name, marks=EXHAUSTIVE) for name in ("chunked", "function", "wide-blocks")),
+        ],
     )
     def test_masks(self, name):
         super().test_masks(name)
 
+    @EXHAUSTIVE
     def test_options(self):
         super().test_options("causal", dict(learned=dict(slope=jnp.array([0.01, 0.1, 0.5, 2.0]))))
 
-    @pytest.mark.parametrize("shapes", [dict(N=4, K=1, Hv=4), dict(B=1, N=1, K=1, H=5, Hv=3)])
+    @EXHAUSTIVE
+    def test_no_block_at_all(self):
+        super().test_no_block_at_all()
+
+    @EXHAUSTIVE
+    def test_one_scan_body_serves_every_window(self):
+        super().test_one_scan_body_serves_every_window()
+
+    @EXHAUSTIVE
+    def test_permuted_blocks_with_positions(self):
+        super().test_permuted_blocks_with_positions()
+
+    @EXHAUSTIVE
+    def test_vmap_over_windows(self):
+        super().test_vmap_over_windows()
+
+    @pytest.mark.parametrize(
+        "shapes",
+        [pytest.param(dict(N=4, K=1, Hv=4), marks=EXHAUSTIVE), dict(B=1, N=1, K=1, H=5, Hv=3)],
+    )
     def test_heads(self, shapes):
         super().test_heads(shapes)
 
     def test_bfloat16(self):
         super().test_bfloat16("causal")
 
+    @EXHAUSTIVE
     def test_block_size_does_not_matter(self):
         super().test_block_size_does_not_matter((40, 24))
 
-    @pytest.mark.parametrize("form", ["ranges", "lists-heads"])
+    @pytest.mark.parametrize("form", [pytest.param("ranges", marks=EXHAUSTIVE), "lists-heads"])
     def test_nan_in_unlisted_blocks_does_not_leak(self, form):
         super().test_nan_in_unlisted_blocks_does_not_leak(form)
+
+    @pytest.mark.parametrize("name", [pytest.param("window", marks=EXHAUSTIVE), "lists-query-heads"])
+    def test_nan_in_one_row_of_queries_stays_there(self, name):
+        super().test_nan_in_one_row_of_queries_stays_there(name)
 
     def test_cached_decoding(self):
         super().test_cached_decoding(3)
@@ -94,6 +125,7 @@ class TestTpu(AttentionSuite):
         for x in (dk, dv):
             assert jnp.isfinite(x[:, ~seen]).all() and jnp.isnan(x[:, seen]).any()
 
+    @EXHAUSTIVE
     def test_lists_in_far_memory(self, monkeypatch):
         monkeypatch.setattr(layout, "lists_fit", lambda rows, entries: False)
         super().test_masks("or")
@@ -153,7 +185,7 @@ def test_refuses_before_compilation_with_the_numbers(changes, reason):
     assert said is None if reason is None else re.search(reason, said)
 
 
-# What is compiled for each chip, together all sizes, forms and options: (shapes, mask, options).
+# What is compiled, together all sizes, forms and options: (shapes, mask, options).
 COMPILED = [
     (dict(H=128), "causal", ()),
     (dict(H=64, K=2, bq=128), "traced window", ("segment_ids",)),
@@ -164,10 +196,10 @@ COMPILED = [
 ]
 
 
-def compile_for(chip):
-    """Forward and backward of each of `COMPILED`; runs in a process of its own."""
+def compile_for(chip, cases):
+    """Forward and backward of these of `COMPILED`; runs in a process of its own."""
     mesh, near = tpu_schedule.one_chip(chip), layout.lists_fit
-    for case in COMPILED:
+    for case in (COMPILED[i] for i in cases):
         layout.lists_fit = (lambda rows, entries: False) if "far" in case[2] else near
         with jax.sharding.set_mesh(mesh):
             compile_one(*case, jax.sharding.NamedSharding(mesh, jax.P()))
@@ -215,10 +247,21 @@ def compiler(monkeypatch):
         pytest.skip("needs libtpu, the TPU compiler: make test installs it")
 
 
+CHIPS = [*tpu_schedule.TOPOLOGIES]
+
+
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("chip", tpu_schedule.TOPOLOGIES)
-def test_compiles_for(chip):
-    code = f"from tests.kernels.test_tpu import compile_for; compile_for({chip!r})"
+@pytest.mark.parametrize(
+    ("chip", "cases"),
+    [
+        # Over the chips everything once.
+        *((chip, range(i, len(COMPILED), len(CHIPS))) for i, chip in enumerate(CHIPS)),
+        *(pytest.param(chip, range(len(COMPILED)), marks=EXHAUSTIVE) for chip in CHIPS),
+    ],
+    ids=[*CHIPS, *(f"{chip}-all" for chip in CHIPS)],
+)
+def test_compiles_for(chip, cases):
+    code = f"from tests.kernels.test_tpu import compile_for; compile_for({chip!r}, {cases!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=tpu_schedule.compiler_environment(chip),
