@@ -35,8 +35,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
 Probe = Callable[[jax.Array, jax.Array, LayerSpec, jax.Array | None], Any]
 
-# What the backward of a period keeps: everything, the inputs, or also what attention and matmuls with
-# weights (those without batch dimensions) result in.
+# What the backward of a period keeps: everything, the inputs, or also what attention works on and what
+# matmuls with weights (those without batch dimensions) result in.
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
     "full": jax.checkpoint,

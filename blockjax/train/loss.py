@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,79 +29,73 @@ def chunk_size(rows: int, tokens: int, vocab: int) -> int:
     return next(d for d in range(min(tokens, most), 0, -1) if tokens % d == 0)
 
 
-@jax.custom_vjp
-def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> LossSums:
-    """Summed cross-entropy of softmax(hidden @ head).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float = 0.0
+) -> tuple[jax.Array, LossSums]:
+    """Summed cross-entropy of softmax(hidden @ head), with z_loss * log(Z)^2 (arXiv:2204.02311, sec. 5).
 
-    Float32 logits [B, T, V] never exist: each chunk of tokens is projected,
-    reduced and, in the backward, projected again. Their gradient multiplies
-    hidden and head in the dtype of `hidden`, as the logits did.
+    Logits [B, T, V] never exist in float32: each chunk of tokens is projected, reduced and, if a gradient is
+    asked for, multiplied back at once, in the dtype of `hidden`.
 
     Args:
       hidden: [B, T, M].
       head: [M, V] float32, cast to the dtype of `hidden`.
       targets: [B, T] int32; a negative target has no loss.
+      z_loss: weight of the squares of log(Z).
+
+    Returns:
+      The loss, which alone is differentiable, and the sums that it is made of.
     """
-    return _forward(hidden, head, targets)[0]
+    return _reduce(hidden, head, targets, z_loss)[0]
 
 
-def _forward(hidden, head, targets):
-    head = head.astype(hidden.dtype)
+def _forward(hidden, head, targets, z_loss):
+    return _reduce(hidden, head, targets, z_loss, gradients=True)
 
-    def chunk(sums: LossSums, inputs):
+
+def _backward(z_loss, gradients, cotangents):
+    scale = cotangents[0]
+    dhidden, dhead = gradients
+    return (dhidden * scale).astype(dhidden.dtype), dhead * scale, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _reduce(hidden, head, targets, z_loss, gradients=False):
+    """What `cross_entropy` returns, and the gradients of the loss by hidden and head, or None."""
+    B, T, _ = hidden.shape
+    size = chunk_size(max(1, B // parts("batch")), T, head.shape[1])
+    weight = head.astype(hidden.dtype)
+
+    def chunk(carry, inputs):
+        sums, dhead = carry
         h, target = inputs
-        logits = _logits(h, head)
+        logits = jnp.einsum("BTM,MV->BTV", h, weight, preferred_element_type=jnp.float32)
         lse = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum rather than a gather: it stays local when V is sharded.
-        picked = jnp.sum(jnp.where(_hit(logits, target), logits, 0.0), axis=-1)
+        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+        picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         counts = target >= 0
         new = LossSums(
             jnp.sum(jnp.where(counts, lse - picked, 0.0)),
             jnp.sum(jnp.where(counts, lse * lse, 0.0)),
             jnp.sum(counts, dtype=jnp.float32),
         )
-        return jax.tree.map(jnp.add, sums, new), lse
+        dh = None
+        if gradients:
+            by_lse = jnp.where(counts, 1 + 2 * z_loss * lse, 0.0)
+            dlogits = jnp.exp(logits - lse[..., None]) * by_lse[..., None] - (hit & counts[..., None])
+            dlogits = dlogits.astype(h.dtype)
+            dhead += jnp.einsum("BTM,BTV->MV", h, dlogits, preferred_element_type=jnp.float32)
+            dh = jnp.einsum("BTV,MV->BTM", dlogits, weight)
+        return (jax.tree.map(jnp.add, sums, new), dhead), dh
 
+    cut = lambda x: x.reshape(B, T // size, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
     zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
-    cut, join = _chunks(hidden, head)
-    sums, lse = jax.lax.scan(chunk, zero, cut((hidden, targets)))
-    return sums, (hidden, head, targets, join(lse))
-
-
-def _backward(residuals, cotangents: LossSums):
-    hidden, head, targets, lse = residuals
-    nats, squares = cotangents.nats, 2 * cotangents.squared_lse
-
-    def chunk(dhead, inputs):
-        h, target, lse = inputs
-        logits, lse = _logits(h, head), lse[..., None]
-        dlogits = jnp.exp(logits - lse) * (nats + squares * lse) - jnp.where(_hit(logits, target), nats, 0.0)
-        dlogits = jnp.where(target[..., None] >= 0, dlogits, 0.0).astype(h.dtype)
-        dhead += jnp.einsum("BTM,BTV->MV", h, dlogits, preferred_element_type=jnp.float32)
-        return dhead, jnp.einsum("BTV,MV->BTM", dlogits, head)
-
-    cut, join = _chunks(hidden, head)
-    dhead, dhidden = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), cut((hidden, targets, lse)))
-    return join(dhidden), dhead, None
-
-
-cross_entropy.defvjp(_forward, _backward)
-
-
-def _logits(h, head):
-    return jnp.einsum("BTM,MV->BTV", h, head, preferred_element_type=jnp.float32)
-
-
-def _hit(logits, target):
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
-
-
-def _chunks(hidden, head):
-    """Functions that cut arrays [B, T, ...] into chunks [n, B, T / n, ...], and join one again."""
-    B, T, _ = hidden.shape
-    size = chunk_size(max(1, B // parts("batch")), T, head.shape[1])
-
-    def cut(tree):
-        return jax.tree.map(lambda x: x.reshape(B, T // size, size, *x.shape[2:]).swapaxes(0, 1), tree)
-
-    return cut, lambda x: x.swapaxes(0, 1).reshape(B, T, *x.shape[3:])
+    start = zero, jnp.zeros(head.shape, jnp.float32) if gradients else None
+    (sums, dhead), dhidden = jax.lax.scan(chunk, start, (cut(hidden), cut(targets)))
+    if gradients:
+        dhidden = dhidden.swapaxes(0, 1).reshape(hidden.shape)
+    return (sums.nats + z_loss * sums.squared_lse, sums), (dhidden, dhead)

@@ -32,11 +32,13 @@ def make_dial(config: TransformerConfig, warmup: int) -> Dial:
     return lambda step: table * array_module(step).clip(step / warmup, 0.0, 1.0)
 
 
-def loss_sums(graph: nnx.GraphDef, params, batch: Batch, locality=None) -> LossSums:
-    """Cross-entropy sums of a batch with at least `BATCH_KEYS`; `locality` as in `Transformer.hidden`."""
+def batch_loss(
+    graph: nnx.GraphDef, params, batch: Batch, locality=None, z_loss: float = 0.0
+) -> tuple[jax.Array, LossSums]:
+    """`cross_entropy` of a batch with at least `BATCH_KEYS`; `locality` as in `Transformer.hidden`."""
     model = nnx.merge(graph, params)
     hidden = model.hidden(batch["tokens"], **context(batch), locality=locality)
-    return cross_entropy(hidden, model.head_weight(), batch["targets"])
+    return cross_entropy(hidden, model.head_weight(), batch["targets"], z_loss)
 
 
 def context(batch: Batch) -> dict[str, jax.Array]:
@@ -61,8 +63,7 @@ def make_train_step(
     """
 
     def objective(params, batch: Batch, locality) -> tuple[jax.Array, LossSums]:
-        sums = loss_sums(graph, params, batch, locality)
-        return sums.nats + z_loss * sums.squared_lse, sums
+        return batch_loss(graph, params, batch, locality, z_loss)
 
     gradient = jax.grad(objective, has_aux=True)
 
@@ -104,7 +105,7 @@ def make_eval_step(
     """`(params, step, batch) -> {nats, tokens, bytes}`, sums over the targets of the batch."""
 
     def evaluate(params, step: jax.Array, batch: Batch) -> Metrics:
-        sums = loss_sums(graph, params, batch, dial(step))
+        _, sums = batch_loss(graph, params, batch, dial(step))
         return {"nats": sums.nats, "tokens": sums.tokens, "bytes": jnp.sum(batch["target_bytes"])}
 
     return evaluate

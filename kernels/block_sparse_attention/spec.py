@@ -11,12 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from blockjax.masks import BlockMask
 
 RESIDUAL = "block_sparse_attention"
-"""Name of `o` and `lse` for checkpoint policies: kept, a backward pass does not run the forward again."""
-
-
-def named(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a backend's forward keeps for its backward, with `RESIDUAL` as its name."""
-    return checkpoint_name(o, RESIDUAL), checkpoint_name(lse, RESIDUAL)
+"""Name of q, k, v, `o` and `lse` for checkpoint policies: if kept, the backward recomputes none of them."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +53,9 @@ class Inputs(NamedTuple):
     kv_segment_ids: jax.Array | None = None
     q_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
+
+
+def residuals(inputs: Inputs, o: jax.Array, lse: jax.Array) -> tuple[Inputs, jax.Array, jax.Array]:
+    """What a backend's forward keeps for its backward, named `RESIDUAL`."""
+    q, k, v, o, lse = (checkpoint_name(x, RESIDUAL) for x in (*inputs[:3], o, lse))
+    return inputs._replace(q=q, k=k, v=v), o, lse

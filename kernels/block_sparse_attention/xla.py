@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, named
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, residuals
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
@@ -70,12 +70,13 @@ def _forward(scores, inputs):
         return None, ((acc / total[..., None]).astype(q.dtype), lse)
 
     _, (o, lse) = lax.scan(row, None, (tiles.where, q))
-    o, lse = named(tiles.from_rows(o), tiles.from_rows(lse[..., None])[..., 0].swapaxes(1, 2))
+    lse = tiles.from_rows(lse[..., None])[..., 0].swapaxes(1, 2)
+    inputs, o, lse = residuals(inputs, tiles.from_rows(o), lse)
     return (o, lse), (inputs, o, lse)
 
 
-def _backward(scores, residuals, cotangents):
-    inputs, o, lse = residuals
+def _backward(scores, kept, cotangents):
+    inputs, o, lse = kept
     do, dlse = cotangents
     tiles = _Tiles(inputs)
     wide = jnp.promote_types(o.dtype, jnp.float32)

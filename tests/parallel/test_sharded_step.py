@@ -15,7 +15,7 @@ from blockjax.models.transformer import weight
 from blockjax.parallel import make_mesh, partition_spec
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
-from blockjax.train.step import loss_sums
+from blockjax.train.step import batch_loss
 from tests.models.tiny import random_params, tiny_config
 
 # Half the time to compile.
@@ -68,8 +68,8 @@ def step(name, config=CONFIG):
         places = jax.tree.map(lambda leaf: leaf.sharding, places)
 
         def loss(params, batch):
-            sums = loss_sums(graph, params, batch)
-            return sums.nats / sums.tokens
+            total, sums = batch_loss(graph, params, batch)
+            return total / sums.tokens
 
         params = jax.device_put(params, places)
         data = jax.device_put(batch(), NamedSharding(mesh, partition_spec(("batch", "time"))))

@@ -1,7 +1,6 @@
 """NVIDIA Hopper through Pallas Mosaic GPU: what it serves, its tiles, and its gradient.
 
-The kernels are in `forward.py` and `backward.py`; they import Mosaic GPU, which this module does only when it
-is called.
+The kernels import Mosaic GPU, which this module does only when it is called.
 """
 
 import functools
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, named
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, residuals
 from blockjax.kernels.platforms import vary, varying_axes
 
 from blockjax.masks import Ranges
@@ -109,15 +108,17 @@ def _forward(static, inputs):
 
     call, operands, tiles = _prepare(static, inputs)
     steps = Steps(*tiles.forward, call.bk)
-    o, lse = named(*forward(call, operands(steps), steps))
+    inputs, o, lse = residuals(inputs, *forward(call, operands(steps), steps))
     return (o, lse), (inputs, o, lse)
 
 
-def _backward(static, residuals, cotangents):
-    from blockjax.kernels.block_sparse_attention.hopper import backward
+def _backward(static, kept, cotangents):
+    from blockjax.kernels.block_sparse_attention.hopper.call import Cotangents
+    from blockjax.kernels.block_sparse_attention.hopper.key_gradients import key_gradients
+    from blockjax.kernels.block_sparse_attention.hopper.query_gradient import query_gradient
     from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, Steps
 
-    inputs, o, lse = residuals
+    inputs, o, lse = kept
     do, dlse = cotangents
     call, operands, tiles = _prepare(static, inputs)
     delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
@@ -125,12 +126,12 @@ def _backward(static, residuals, cotangents):
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
 
     steps = Steps(*tiles.query, call.bk)
-    held = backward.Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
-    dq, dslope = backward.query_gradient(call, operands(steps), held, steps)
+    held = Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
+    dq, dslope = query_gradient(call, operands(steps), held, steps)
 
     steps = Steps(*tiles.key, call.bq)
-    moving = backward.Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
-    dk, dv = backward.key_gradients(call, operands(steps, transposed=True), moving, steps)
+    moving = Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
+    dk, dv = key_gradients(call, operands(steps, transposed=True), moving, steps)
     if dslope is not None:
         dslope = dslope.sum((0, 2)).astype(inputs.slope.dtype)
     return (Inputs(q=dq, k=dk, v=dv, mask=None, slope=dslope),)

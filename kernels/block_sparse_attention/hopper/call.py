@@ -101,6 +101,18 @@ class Operands(NamedTuple):
     slope: Any
 
 
+class Cotangents(NamedTuple):
+    """`do` [B, T, N, Hv]; `lse` in units of ln 2, +inf where a row sees nothing, and `delta`, float32.
+
+    The last two are `[B, groups, units, 64]` for the rows that dQ holds, and `[B, N, tokens]`, padded as by
+    `Steps.pad`, for dK and dV.
+    """
+
+    do: Any
+    lse: Any
+    delta: Any
+
+
 def operands(call: Call, inputs: Inputs, steps: Steps, transposed: bool = False) -> Operands:
     """Of a kernel that holds queries and moves along keys by `steps`, or if `transposed` the reverse."""
     q_side, k_side = (

@@ -14,28 +14,21 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper.call import Call
+from blockjax.kernels.block_sparse_attention.hopper.schedule import Place, QueryTiles, run
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
+    SHARED_BYTES,
     WG_ROWS,
     WGMMA,
-    Order,
     Plane,
     Steps,
     held_slope,
     held_tokens,
     moving_tokens,
-    run,
     tags,
     tiled,
-    visits,
 )
 from jax import lax
-
-TURNS = 4
-"""Tiles that a CTA serves, if there are many."""
-
-SHARED_BYTES = 224 << 10
-"""Of the 227 KiB of shared memory, what tiles may take."""
 
 
 class Shared(NamedTuple):
@@ -46,8 +39,8 @@ class Shared(NamedTuple):
     k: Any
     v: Any
     lse: Any
-    q_ready: Any
-    q_free: Any
+    ready: Any
+    free: Any
     k_ready: Any
     v_ready: Any
     k_free: Any
@@ -59,76 +52,45 @@ class Shared(NamedTuple):
 def forward(call: Call, operands, steps: Steps):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     rows, H, Hv = call.held, call.H, call.Hv
-    units = rows.units(call.T)
-    tiles, groups = units * rows.tokens // rows.cta_tokens, call.N // rows.cta_heads
-    order = Order.of(tiles, call.B * groups, call.S * (H + Hv) * 2 * call.K // groups, turns=TURNS)
+    tiles, units = QueryTiles(call, steps), rows.units(call.T)
     ring_bytes = steps.buffers * steps.tokens * (H + Hv) * 2
     in_place = Hv == H and ring_bytes + 2 * rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
 
     def attention_forward(operands, o_ref, lse_ref, shared):
         wg = lax.axis_index("wg")
 
-        def place(turn):
-            group, tile = order(turn)
-            batch, head = lax.div(group, groups), lax.rem(group, groups) * rows.cta_heads
-            # The last rows see most under a causal mask: they start first.
-            first = (tiles - 1 - tile) * rows.cta_tokens
-            listed = visits(operands.walk, batch, head, lax.div(first, call.bq), call.N, steps)
-            return batch, head, first, listed
+        def tile(turn, before):
+            place = tiles.place(operands, turn)
+            first, head = rows.share(wg, place.first, place.head)
+            lse, o = shared.lse.at[wg], (shared.q if in_place else shared.o).at[wg]
+            plgpu.barrier_wait(shared.ready.at[wg])
+            mixed, sums = _attend(call, operands, shared, steps, place, wg, before)
+            # The output of the turn before has left its buffer long ago.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            o[...], lse[...] = mixed.astype(call.dtype), sums
+            plgpu.commit_smem()
+            for ref, piece in rows.pieces(o_ref, o, place.batch, first, head):
+                plgpu.copy_smem_to_gmem(piece, ref)
+            unit = lax.div(first, rows.tokens)
+            plgpu.copy_smem_to_gmem(lse, lse_ref.at[place.batch, lax.div(head, rows.heads), unit])
+            if in_place:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(shared.free.at[wg])
+            return before + place.listed.total
 
         @pl.when(wg < rows.wgs)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            q, lse = shared.q.at[wg], shared.lse.at[wg]
-            o = q if in_place else shared.o.at[wg]
-
-            def tile(turn, before):
-                batch, head, first, listed = place(turn)
-                own, own_head = rows.share(wg, first, head)
-                plgpu.barrier_wait(shared.q_ready.at[wg])
-                where = batch, own, own_head
-                mixed, sums = _attend(call, operands, shared, steps, listed, wg, where, before)
-                # The output of the turn before has left its buffer long ago.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                o[...], lse[...] = mixed.astype(call.dtype), sums
-                plgpu.commit_smem()
-                for ref, piece in rows.pieces(o_ref, o, batch, own, own_head):
-                    plgpu.copy_smem_to_gmem(piece, ref)
-                unit = lax.div(own, rows.tokens)
-                plgpu.copy_smem_to_gmem(lse, lse_ref.at[batch, lax.div(own_head, rows.heads), unit])
-                if in_place:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(shared.q_free.at[wg])
-                return before + listed.total
-
             pass_turn = functools.partial(_pass_turn, rows, shared)
             pl.when(wg == 1)(pass_turn)
-            lax.fori_loop(0, order.count, tile, 0)
+            lax.fori_loop(0, tiles.order.count, tile, 0)
             pl.when(wg == 0)(pass_turn)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(wg == rows.wgs)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-
-            def tile(turn, before):
-                batch, head, first, listed = place(turn)
-                for i in range(rows.wgs):
-                    q, ready, free = (x.at[i] for x in (shared.q, shared.q_ready, shared.q_free))
-                    pl.when(turn > 0)(lambda free=free: plgpu.barrier_wait(free))
-                    for ref, piece in rows.pieces(operands.q, q, batch, *rows.share(i, first, head)):
-                        plgpu.copy_gmem_to_smem(ref, piece, ready)
-                key_head = lax.div(head, call.G)
-                copy_ring(
-                    steps,
-                    listed,
-                    (shared.k_ready, shared.k_free, (operands.k.at[batch, :, key_head], shared.k)),
-                    (shared.v_ready, shared.v_free, (operands.v.at[batch, :, key_head], shared.v)),
-                    before=before,
-                )
-                return before + listed.total
-
-            lax.fori_loop(0, order.count, tile, 0)
+            tiles.copy(operands, shared, (operands.q, shared.q))
 
     ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     shared = Shared(
@@ -137,8 +99,8 @@ def forward(call: Call, operands, steps: Steps):
         k=tiled((steps.buffers, steps.tokens, H), call.dtype),
         v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
         lse=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_arrivals=rows.heads, num_barriers=rows.wgs),
-        q_free=plgpu.Barrier(num_barriers=rows.wgs),
+        ready=plgpu.Barrier(num_arrivals=rows.heads, num_barriers=rows.wgs),
+        free=plgpu.Barrier(num_barriers=rows.wgs),
         k_ready=ring(num_arrivals=steps.gathered),
         v_ready=ring(num_arrivals=steps.gathered),
         k_free=ring(num_arrivals=rows.wgs),
@@ -149,29 +111,8 @@ def forward(call: Call, operands, steps: Steps):
         jax.ShapeDtypeStruct((call.B, call.T, call.N, Hv), call.dtype),
         jax.ShapeDtypeStruct((call.B, call.N // rows.heads, units, WG_ROWS), jnp.float32),
     )
-    o, lse = run(attention_forward, out, shared, order.ctas, rows.wgs, operands)
+    o, lse = run(attention_forward, out, shared, tiles.order.ctas, rows.wgs, operands)
     return o, rows.restore(lse, call.T)
-
-
-def copy_ring(steps: Steps, listed, *rings, before=0):
-    """Keeps rings full; each is given as barriers for ready and free, then pairs of source and buffers.
-
-    `before` steps have gone through them already.
-    """
-
-    def step(s, pieces):
-        # The next entries are read while a buffer is awaited.
-        following = [unit for unit, _, _ in listed(jnp.minimum(s + 1, listed.total - 1))]
-        slot = steps.slot(before + s)
-        for ready, free, *copies in rings:
-            pl.when(before + s >= steps.buffers)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-            for i, unit in enumerate(pieces):
-                here, there = pl.ds(unit * steps.piece, steps.piece), pl.ds(i * steps.piece, steps.piece)
-                for source, buffers in copies:
-                    plgpu.copy_gmem_to_smem(source.at[here], buffers.at[slot, there], ready.at[slot])
-        return following
-
-    lax.fori_loop(0, listed.total, step, [unit for unit, _, _ in listed(0)])
 
 
 def _pass_turn(rows, shared: Shared):
@@ -181,12 +122,13 @@ def _pass_turn(rows, shared: Shared):
         plgpu.barrier_wait(shared.turn)
 
 
-def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, where, before):
+def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg, before):
     """`o` [64, Hv] and `lse` [64] float32 of a warpgroup's rows; `before` steps have gone through the rings.
 
     q is given back after the last product with it, unless the output takes its place.
     """
-    batch, first, head = where
+    batch, listed = place.batch, place.listed
+    first, head = call.held.share(wg, place.first, place.head)
     rows, plane = call.held, Plane((WG_ROWS, steps.tokens), q_axis=0)
     q = shared.q.at[wg]
     mask = call.mask(operands.scalars)
@@ -198,7 +140,7 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, listed, wg, wher
 
     def release_queries():
         if shared.o is not None:
-            plgpu.barrier_arrive(shared.q_free.at[wg])
+            plgpu.barrier_arrive(shared.free.at[wg])
 
     def step(s, carry, partial):
         acc, top, total = carry

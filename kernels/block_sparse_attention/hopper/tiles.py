@@ -1,9 +1,4 @@
-"""What the Hopper kernels share: the order of thread blocks, walks, and visibility, as seen in a kernel.
-
-A cooperative thread array (CTA) serves one tile: rows of queries in the forward and in dQ, keys in dK and
-dV. It *holds* that tile and *moves* along the walk of the other side. Of its three warpgroups (WG) two
-multiply, 64 rows each, and one copies.
-"""
+"""Tiles as a kernel sees them: what is held, how it moves, which pairs see each other."""
 
 import functools
 import math
@@ -16,8 +11,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
 from blockjax.masks.predicates import And, Causal, Everything, Or, Predicate
@@ -30,12 +23,8 @@ WG_ROWS = 64
 WGS = 2
 """Warpgroups that multiply in a CTA."""
 
-L2_BYTES = 32 << 20
-"""Of the 50 MB of level-2 cache, what the operands shared by the CTAs in flight may fill."""
-
-MULTIPROCESSORS = 132
-WAVES = 6
-"""CTAs serve several tiles each where there are at least this many CTAs to a multiprocessor."""
+SHARED_BYTES = 224 << 10
+"""Of the 227 KiB of shared memory, what tiles may take."""
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
@@ -46,64 +35,6 @@ def tiled(shape: tuple[int, ...], dtype) -> pl.MemoryRef:
     """Shared memory in the layout that `wgmma` and the copy engine agree on."""
     transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def run(kernel: Callable, out, shared, ctas: int, wgs: int, operands):
-    """Runs `kernel(operands, *out, shared)` in thread blocks of `wgs` warpgroups and one that copies."""
-    out = plgpu.kernel(
-        kernel,
-        out_type=out,
-        scratch_types=[shared],
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=wgs + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )(operands)
-    # Inside `shard_map` a kernel's results have the type of something that is equal everywhere.
-    axes = varying_axes(operands)
-    return jax.tree.map(lambda x: vary(x, axes), out)
-
-
-@dataclass(frozen=True)
-class Order:
-    """In which order tiles start: by sections of heads whose moving operands fit the cache.
-
-    Inside a section a tile of every head starts before the next tile of any. A CTA serves `turns` tiles, one
-    after the other, so that the copies for the next one hide behind this one's end; the hardware hands out
-    CTAs as multiprocessors fall free, which balances walks of unequal length.
-    """
-
-    tiles: int
-    heads: int  # over the whole batch
-    section: int  # heads in a section
-    turns: int
-
-    @staticmethod
-    def of(tiles: int, heads: int, bytes_per_head: int, turns: int = 1) -> "Order":
-        most = max(1, L2_BYTES // bytes_per_head)
-        section = max(d for d in range(1, heads + 1) if heads % d == 0 and d <= most)
-        while turns > 1 and tiles * heads < turns * WAVES * MULTIPROCESSORS:
-            turns //= 2
-        return Order(tiles, heads, section, turns)
-
-    @property
-    def ctas(self) -> int:
-        return pl.cdiv(self.tiles * self.heads, self.turns)
-
-    @property
-    def count(self):
-        """Tiles of this CTA."""
-        return jnp.minimum(self.turns, self.tiles * self.heads - lax.axis_index("cta") * self.turns)
-
-    def __call__(self, turn):
-        """`(head, tile)` of a turn of this CTA."""
-        item, size = lax.axis_index("cta") * self.turns + turn, self.tiles * self.section
-        rest = lax.rem(item, size)
-        head = lax.div(item, size) * self.section + lax.rem(rest, self.section)
-        return head, lax.div(rest, self.section)
 
 
 @dataclass(frozen=True)
@@ -194,62 +125,6 @@ class Steps:
         """Pads the last axis by a step on both ends: a gathered piece is loaded with what lies around it."""
         after = self.tokens + -x.shape[-1] % max(self.tokens, self.block)
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(self.tokens, after)], constant_values=fill)
-
-
-class Visits(NamedTuple):
-    """One row of a walk, inside a kernel: `partial` steps to test, then full ones up to `total`."""
-
-    steps: Steps
-    blocks: jax.Array
-    partial: jax.Array
-    total: jax.Array
-    entry: Callable  # slot -> (block, tag)
-
-    def __call__(self, s) -> list[tuple]:
-        """The pieces of step `s`: their number in units of `steps.piece` tokens, tag, and whether they count.
-
-        A row of too few blocks repeats its first one: in the first step, which is therefore partial.
-        """
-        n, per_block = self.steps.gathered, self.steps.block // self.steps.piece
-        if n == 1:
-            block, tag = self.entry(s if per_block == 1 else lax.div(s, per_block))
-            return [(block if per_block == 1 else block * per_block + lax.rem(s, per_block), tag, None)]
-        pieces = []
-        for i in range(n):
-            e = s * n + i - (self.total * n - self.blocks)
-            pieces.append((*self.entry(jnp.maximum(e, 0)), e >= 0))
-        return pieces
-
-
-def visits(walk: plan.Walk, batch, head, row, heads: int, steps: Steps) -> Visits:
-    """The walk of one row of blocks, its arrays being references to global memory; `heads` in all."""
-    if isinstance(walk, plan.RangeWalk):
-        batch = 0 if walk.bounds.shape[0] == 1 else batch
-        lo, full_lo, full_hi, hi = (walk.bounds[batch, i, row] for i in range(4))
-        left = full_lo - lo
-        partial, blocks = left + hi - full_hi, hi - lo
-
-        def entry(e):
-            tested = jnp.where(e < left, lo + e, full_hi - left + e)
-            return jnp.where(e < partial, tested, full_lo - partial + e), jnp.int32(1)
-
-    else:
-        b, h, _ = walk.start.shape
-        batch, head = 0 if b == 1 else batch, lax.div(head, heads // h)
-        start, partial, blocks = (x[batch, head, row] for x in (walk.start, walk.partial, walk.total))
-        last = walk.entries.shape[2] - 1
-
-        def entry(e):
-            x = walk.entries[batch, head, jnp.minimum(start + e, last)]
-            return lax.shift_right_logical(x, plan.TAG_BITS), x & (1 << plan.TAG_BITS) - 1
-
-    n = steps.gathered
-    if n == 1:
-        per_block = steps.block // steps.piece
-        return Visits(steps, blocks, partial * per_block, blocks * per_block, entry)
-    total = lax.div(blocks + n - 1, n)
-    tested = lax.div(total * n - blocks + partial + n - 1, n)
-    return Visits(steps, blocks, jnp.minimum(tested, total), total, entry)
 
 
 class Side(NamedTuple):

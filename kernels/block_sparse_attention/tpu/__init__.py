@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, named
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, residuals
 from blockjax.kernels.block_sparse_attention.tpu import layout
 from blockjax.kernels.block_sparse_attention.tpu.layout import (
     MIB,
@@ -89,12 +89,12 @@ def _forward(options, inputs, walk):
         streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
         outputs=dict(o=(inputs.v.shape[-1], inputs.q.dtype), lse=PER_ROW),
     )
-    o, lse = named(launch.q.unlay(out["o"]), launch.per_token(out["lse"]))
+    inputs, o, lse = residuals(inputs, launch.q.unlay(out["o"]), launch.per_token(out["lse"]))
     return (o, lse), (inputs, walk, o, lse)
 
 
-def _backward(options, residuals, cotangents):
-    inputs, walk, o, lse = residuals
+def _backward(options, kept, cotangents):
+    inputs, walk, o, lse = kept
     do, dlse = cotangents
     # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2))
