@@ -24,16 +24,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu"):
-        if not ON_GPU:
-            pytest.skip("needs a Hopper GPU: make test-gpu")
+def pytest_configure():
+    if ON_GPU:
         import jax
         from blockjax.kernels.block_sparse_attention import hopper
 
         kind = jax.devices()[0].device_kind
         if not hopper.HOPPER.search(kind):
-            pytest.skip(f"needs a Hopper GPU, not {kind}")
+            raise pytest.UsageError(f"BLOCKJAX_TEST_PLATFORM=cuda needs a Hopper GPU, not {kind}")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not ON_GPU:
+        pytest.skip("needs a Hopper GPU: make test-gpu")
 
 
 @pytest.fixture
