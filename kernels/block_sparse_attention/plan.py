@@ -50,6 +50,8 @@ Walk = RangeWalk | ListWalk
 def rows(inputs: Inputs) -> Walk:
     """What each block of queries visits."""
     if isinstance(inputs.mask, Ranges):
+        if inputs.q_segment_ids is None:
+            return _range_rows(inputs)
         return _range_walk(*_tiles(inputs), axis=2)
     return _row_lists(*_entries(inputs))
 
@@ -57,8 +59,20 @@ def rows(inputs: Inputs) -> Walk:
 def columns(inputs: Inputs) -> Walk:
     """Which blocks of queries visit each block of keys: the transpose."""
     if isinstance(inputs.mask, Ranges):
-        return _range_walk(*_tiles(inputs), axis=1)
+        return (
+            _range_columns(inputs) if inputs.q_segment_ids is None else _range_walk(*_tiles(inputs), axis=1)
+        )
     return _column_lists(*_entries(inputs), inputs.mask.nk)
+
+
+def longest_first(walk: ListWalk, groups: int):
+    """Rows in the order in which to start them, [b, 1 | groups, n] int32: those with most visits first.
+
+    Heads are split in `groups`, whose visits count together; 1 where all heads share a list.
+    """
+    b, h, n = walk.total.shape
+    total = walk.total.reshape(b, min(h, groups), -1, n).sum(2)
+    return array_module(total).argsort(-total, axis=-1, stable=True).astype(np.int32)
 
 
 class _Ids(NamedTuple):
@@ -122,6 +136,30 @@ def _entries(inputs: Inputs):
 def _promised(inputs: Inputs) -> bool:
     """A mask promises full tiles for its own positions only."""
     return inputs.q_positions is None
+
+
+def _range_rows(inputs: Inputs) -> RangeWalk:
+    lo, full_lo, full_hi, hi = inputs.mask.bounds(np.arange(inputs.mask.nq))
+    return _bounds(lo, full_lo, full_hi if _promised(inputs) else full_lo, hi)
+
+
+def _range_columns(inputs: Inputs) -> RangeWalk:
+    """Row i visits block j if `lo[i] <= j < hi[i]`; both are sorted, so the rows that do are consecutive."""
+    mask = inputs.mask
+    lo, full_lo, full_hi, hi = mask.bounds(np.arange(mask.nq))
+    xp, block = array_module(lo, full_lo), np.arange(mask.nk)
+    # On an accelerator one fused comparison of all is faster than a search in steps.
+    method = {} if xp is np else dict(method="compare_all")
+    first, stop = (xp.searchsorted(x, block, side="right", **method) for x in (hi, lo))
+    # A ragged last row has no full tile, and its bounds say so out of order.
+    whole = mask.T // mask.bq if _promised(inputs) else 0
+    full = (xp.searchsorted(x[:whole], block, side="right", **method) for x in (full_hi, full_lo))
+    full_first, full_stop = (xp.clip(x, first, stop) for x in full)
+    return _bounds(first, full_first, xp.maximum(full_first, full_stop), stop)
+
+
+def _bounds(*bounds) -> RangeWalk:
+    return RangeWalk(array_module(*bounds).stack(bounds)[None].astype(np.int32))
 
 
 def _range_walk(listed, full, axis: int) -> RangeWalk:

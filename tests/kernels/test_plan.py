@@ -85,3 +85,23 @@ def test_given_positions_promise_nothing():
     mask = BlockMask.causal(64, bq=16, bk=16)
     for walk in (plan.rows(inputs(mask, positions=True)), plan.columns(inputs(mask, positions=True))):
         assert all(not full for _, full in walked(walk, 4).values())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_longest_walks_start_first(groups):
+    mask = MASKS["lists-query-heads"]()
+    walk = plan.rows(inputs(mask))
+    order = plan.longest_first(walk, groups)
+    visits = np.asarray(mask.counts_per_row()).reshape(1, groups, -1, mask.nq).sum(2)
+    assert (np.diff(np.take_along_axis(visits, order, -1)) <= 0).all()
+    assert (np.sort(order) == np.arange(mask.nq)).all()
+    np.testing.assert_array_equal(order, jax.jit(plan.longest_first, static_argnums=1)(walk, groups))
+
+
+@pytest.mark.parametrize(
+    "mask", [BlockMask.causal(1 << 20), BlockMask.window(1 << 20, left=4096)], ids=["causal", "window"]
+)
+def test_a_million_tokens_take_no_memory(mask):
+    walks = plan.rows(Inputs(None, None, None, mask)), plan.columns(Inputs(None, None, None, mask))
+    assert sum(x.nbytes for x in jax.tree.leaves(walks)) <= 1 << 19
+    assert sum(np.asarray(x).nbytes for x in jax.tree.leaves(mask)) < 100

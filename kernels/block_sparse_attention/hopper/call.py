@@ -87,7 +87,8 @@ class Call:
 class Operands(NamedTuple):
     """Arrays in global memory; references inside a kernel.
 
-    `walk`, `q_side` and `k_side` are as the kernel holds and moves; `slope` is in units of ln 2 and None
+    `walk`, `q_side` and `k_side` are as the kernel holds and moves; `order` says which block to start first,
+    [b, h, n], or is None where they start in the order of their tokens; `slope` is in units of ln 2 and None
     without a bias.
     """
 
@@ -95,6 +96,7 @@ class Operands(NamedTuple):
     k: Any
     v: Any
     walk: plan.Walk
+    order: Any
     q_side: Side
     k_side: Side
     scalars: Any
@@ -121,16 +123,20 @@ def operands(call: Call, inputs: Inputs, steps: Steps, transposed: bool = False)
     )
     slope = None if inputs.slope is None else inputs.slope.astype(jnp.float32) * LOG2_E
     if transposed:
-        walk, held = plan.columns(inputs), call.held_keys
+        walk, held, length, block = plan.columns(inputs), call.held_keys, call.S, call.bk
         q_side, k_side = Side.moving(*q_side, steps), Side.held(*k_side, held)
     else:
-        walk, held = plan.rows(inputs), call.held
+        walk, held, length, block = plan.rows(inputs), call.held, call.T, call.bq
         q_side, k_side = Side.held(*q_side, held), Side.moving(*k_side, steps)
         if slope is not None:
             slope = held.arrange(jnp.broadcast_to(slope[None, :, None], (1, call.N, held.tokens)))[0, :, 0]
+    order = None
+    # Where a ragged last block has fewer tiles than others they start in the order of their tokens.
+    if isinstance(walk, plan.ListWalk) and (block <= held.cta_tokens or length % block == 0):
+        order = plan.longest_first(walk, call.K if transposed else call.N)
     traced = [x for x in jax.tree.leaves(_mask(inputs)) if isinstance(x, jax.core.Tracer)]
     scalars = jnp.stack([jnp.asarray(x, jnp.int32) for x in traced]) if traced else None
-    return Operands(inputs.q, inputs.k, inputs.v, walk, q_side, k_side, scalars, slope)
+    return Operands(inputs.q, inputs.k, inputs.v, walk, order, q_side, k_side, scalars, slope)
 
 
 def _mask(inputs: Inputs) -> Mask:

@@ -11,7 +11,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
-from blockjax.kernels.block_sparse_attention.hopper.schedule import Order, copy_ring, run, visits
+from blockjax.kernels.block_sparse_attention.hopper.schedule import (
+    Order,
+    copy_ring,
+    first_token,
+    run,
+    visits,
+)
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     COLUMN,
     SHARED_BYTES,
@@ -78,6 +84,8 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
             group, tile = order(turn)
             batch, key_head = lax.div(group, call.K), lax.rem(group, call.K)
             first = tile * rows.cta_tokens
+            if operands.order is not None:
+                first = first_token(operands.order, batch, key_head, call.K, tile, call.bk, rows.cta_tokens)
 
             def listed_by(n):
                 return visits(operands.walk, batch, n, lax.div(first, call.bk), call.N, steps)

@@ -91,6 +91,14 @@ class Order:
         return head, lax.div(rest, self.section)
 
 
+def first_token(order, batch, head, heads: int, tile, block: int, cta_tokens: int):
+    """Of the `tile`-th tile to start, in the order of `Operands.order`; `heads` in all."""
+    b, h, _ = order.shape
+    per_block = max(1, block // cta_tokens)
+    row = order[0 if b == 1 else batch, lax.div(head, heads // h), lax.div(tile, per_block)]
+    return row * block + lax.rem(tile, per_block) * cta_tokens
+
+
 class Visits(NamedTuple):
     """One row of a walk, inside a kernel: `partial` steps to test, then full ones up to `total`."""
 
@@ -203,8 +211,11 @@ class QueryTiles:
     def place(self, operands: Operands, turn) -> Place:
         call, (group, tile) = self.call, self.order(turn)
         batch, head = lax.div(group, self.groups), lax.rem(group, self.groups) * call.held.cta_heads
-        # The last rows see most under a causal mask: they start first.
-        first = (self.count - 1 - tile) * call.held.cta_tokens
+        if operands.order is None:
+            # The last rows see most under a causal mask: they start first.
+            first = (self.count - 1 - tile) * call.held.cta_tokens
+        else:
+            first = first_token(operands.order, batch, head, call.N, tile, call.bq, call.held.cta_tokens)
         row = lax.div(first, call.bq)
         return Place(batch, head, first, visits(operands.walk, batch, head, row, call.N, self.steps))
 
