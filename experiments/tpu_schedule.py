@@ -164,12 +164,11 @@ def compile_case(chip: str, case: Case):
 
 def ours(chip: str, case: Case):
     import numpy as np
-    from blockjax.kernels.block_sparse_attention import block_sparse_attention
-    from blockjax.kernels.block_sparse_attention.tpu import layout
+    from blockjax.kernels.block_sparse_attention import Tiles, block_sparse_attention
 
     from blockjax.masks import BlockMask
 
-    layout.TILES[chip] = dict(
+    tiles = Tiles(
         forward=(case.q_tile, case.k_tile), dq=(case.q_tile, case.k_tile), dkv=(case.k_tile, case.q_tile)
     )
     bq, bk = (case.q_tile, case.k_tile) if case.block is None else (case.block, case.block)
@@ -180,7 +179,7 @@ def ours(chip: str, case: Case):
         mask = BlockMask.from_block_bool(blocks, bq=bq, bk=bk)
 
     def attend(q, k, v):
-        return block_sparse_attention(q, k, v, mask, return_lse=True, implementation="tpu")
+        return block_sparse_attention(q, k, v, mask, return_lse=True, implementation="tpu", config=tiles)
 
     return attend, (1, case.T, case.N, case.H)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import hopper, reference, tpu, xla
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, Tiles
+from blockjax.kernels.block_sparse_attention.tuning import choose_tiles
 from blockjax.kernels.platforms import target
 from jaxtyping import Array, Float, Int
 
@@ -46,6 +47,7 @@ def block_sparse_attention(
     sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    config: Tiles | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Attention in which each block of queries visits only the key blocks that `mask` lists.
 
@@ -67,6 +69,7 @@ def block_sparse_attention(
             `(0, sink)`, once. Source: Xiao et al. 2024, arXiv:2309.17453, with learned values.
         return_lse: also return the log of the sum of exponentials, float32, natural log, sinks included.
         implementation: a name in `BACKENDS`, or None for the fastest that supports the call.
+        config: tiles of each kernel, instead of tuned ones or the backend's own; see `tuning.py`.
 
     Returns:
         `o` [B, T, N, Hv] in q's dtype, and with `return_lse` also `lse` [B, N, T]. Reverse-mode gradients for
@@ -78,30 +81,37 @@ def block_sparse_attention(
     """
     _check_shapes(q, k, v, mask)
     B, T, N, H = q.shape
-    S, K, Hv = v.shape[1:]
+    S = v.shape[1]
     _check_numbers(scale, soft_cap)
     q_segment_ids, kv_segment_ids = _segments(q_segment_ids, kv_segment_ids, B, T, S)
     q_positions, kv_positions = _positions(q_positions, kv_positions, mask, B, T, S)
     slope = None if bias is None else _per_head("bias.slope", bias.slope, N)
     sinks = None if sinks is None else _per_head("sinks", sinks, N)
 
-    spec = Spec(
+    options = dict(soft_cap=soft_cap, segments=q_segment_ids, positions=q_positions, bias=bias)
+    spec = describe(q, k, v, mask, **{name: x is not None for name, x in options.items()})
+    inputs = Inputs(q, k, v, mask, slope, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
+    name = choose(spec, implementation)
+    backend = BACKENDS[name]
+    tiles = choose_tiles(name, backend, spec, mask, config)
+    scale = H**-0.5 if scale is None else scale
+    o, lse = backend.attention(inputs, scale=scale, soft_cap=soft_cap, tiles=tiles)
+    if sinks is not None:
+        o, lse = _merge_sinks(o, lse, sinks)
+    return (o, lse) if return_lse else o
+
+
+def describe(q, k, v, mask: BlockMask, **options: bool) -> Spec:
+    """The `Spec` of a call; options that are not given are off."""
+    (B, T, N, H), (S, K, Hv) = q.shape, v.shape[1:]
+    return Spec(
         target=target(),
         dtype=q.dtype,
         **dict(B=B, T=T, S=S, N=N, K=K, H=H, Hv=Hv, bq=mask.bq, bk=mask.bk),
         form="ranges" if isinstance(mask, Ranges) else "lists",
         lists=mask.lists_shape,
-        soft_cap=soft_cap is not None,
-        segments=q_segment_ids is not None,
-        positions=q_positions is not None,
-        bias=bias is not None,
+        **{name: options.get(name, False) for name in ("soft_cap", "segments", "positions", "bias")},
     )
-    inputs = Inputs(q, k, v, mask, slope, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
-    backend = BACKENDS[choose(spec, implementation)]
-    o, lse = backend.attention(inputs, scale=H**-0.5 if scale is None else scale, soft_cap=soft_cap)
-    if sinks is not None:
-        o, lse = _merge_sinks(o, lse, sinks)
-    return (o, lse) if return_lse else o
 
 
 def choose(spec: Spec, implementation: str | None = None) -> str:

@@ -9,7 +9,11 @@ def supports(spec: Spec) -> str | None:
     return None
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
+def default_tiles(spec: Spec) -> None:
+    """There is nothing to choose."""
+
+
+def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: None = None):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T], computed in float32 (float64 stays float64).
 
     Ignores the promise that a tile is full and tests its predicates.

@@ -37,6 +37,18 @@ class Spec:
     bias: bool
 
 
+class Tiles(NamedTuple):
+    """How a backend cuts the work of each of its kernels.
+
+    Hopper: tokens a step, and steps in flight. TPU: most rows of the tile that stays, and of the one that
+    streams past it.
+    """
+
+    forward: tuple[int, int]
+    dq: tuple[int, int]
+    dkv: tuple[int, int]
+
+
 class Inputs(NamedTuple):
     """The arrays of one call after the checks: what every backend receives.
 

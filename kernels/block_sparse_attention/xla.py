@@ -30,7 +30,11 @@ def supports(spec: Spec) -> str | None:
     return None
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
+def default_tiles(spec: Spec) -> None:
+    """There is nothing to choose."""
+
+
+def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: None = None):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     axes = varying_axes(inputs)
     return _attend(_Scores(scale, soft_cap), jax.tree.map(lambda x: vary(x, axes), inputs))

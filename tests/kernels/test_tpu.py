@@ -14,7 +14,7 @@ from blockjax.kernels.block_sparse_attention import (
     block_sparse_attention,
     tpu,
 )
-from blockjax.kernels.block_sparse_attention.spec import Spec
+from blockjax.kernels.block_sparse_attention.spec import Spec, Tiles
 from blockjax.kernels.block_sparse_attention.tpu import layout, walk
 from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
@@ -24,7 +24,7 @@ from experiments import tpu_schedule
 from tests.kernels.block_sparse_attention_suite import AttentionSuite, assert_close, make, run
 
 EXHAUSTIVE = pytest.mark.exhaustive
-SMALL = dict(forward=(128, 256), dq=(128, 256), dkv=(128, 256))
+SMALL = Tiles(forward=(128, 256), dq=(128, 256), dkv=(128, 256))
 
 
 @pytest.fixture

@@ -6,15 +6,18 @@ The kernels import Mosaic GPU, which this module does only when it is called.
 import functools
 import re
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, residuals
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, Tiles, residuals
 from blockjax.kernels.platforms import vary, varying_axes
 
 from blockjax.masks import Ranges
-from blockjax.masks.predicates import is_concrete
+from blockjax.masks.predicates import Everything, is_concrete
+
+SHARED_MEMORY = 224 << 10
+"""Of the 227 KiB of a multiprocessor, what tiles may take."""
 
 COPY_ROWS = 8
 """The copy engine reads swizzled rows in groups of this many; other lengths are padded to a multiple."""
@@ -27,21 +30,20 @@ BLOCKS = (16, 32, 64, 128, 256, 512)
 HEAD_DIMS = (64, 128, 192, 256)
 
 
-class Tiles(NamedTuple):
-    """Tokens a step and steps in flight of each kernel."""
-
-    forward: tuple[int, int]
-    query: tuple[int, int]
-    key: tuple[int, int]
-
-
 TILES = {
     64: Tiles((128, 3), (128, 2), (64, 4)),
     128: Tiles((128, 2), (128, 2), (64, 3)),
     192: Tiles((64, 2), (64, 2), (64, 2)),
     256: Tiles((64, 2), (64, 1), (64, 2)),
 }
-"""By the larger head dim."""
+"""By the larger head dim; chosen by `tune.py` on an H100."""
+
+CHOICES = {
+    "forward": [(n, s) for n in (64, 128, 192) for s in (2, 3, 4)],
+    "dq": [(n, s) for n in (64, 128) for s in (1, 2, 3, 4)],
+    "dkv": [(n, s) for n in (64, 128) for s in (2, 3, 4)],
+}
+"""What `tune.py` tries."""
 
 
 def supports(spec: Spec) -> str | None:
@@ -57,12 +59,35 @@ def supports(spec: Spec) -> str | None:
     return None
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
+def default_tiles(spec: Spec) -> Tiles:
+    return TILES[max(spec.H, spec.Hv)]
+
+
+def tiles_fit(spec: Spec, tiles: Tiles) -> str | None:
+    """A reason why they do not, with the bytes of shared memory that are needed, or None."""
+    held = 2 * 64 * (spec.H + spec.Hv)
+    for kernel, (tokens, steps) in tiles._asdict().items():
+        if tokens % 64 or steps < 1:
+            return f"{kernel} needs a multiple of 64 tokens and at least one step, got {tokens} and {steps}"
+        ring = steps * tokens * (spec.H + spec.Hv)
+        most = dict(forward=2 * 64 * max(spec.H, spec.Hv), dq=held, dkv=held)[kernel]
+        if 2 * (ring + most) > SHARED_MEMORY:
+            return (
+                f"{kernel} needs {2 * (ring + most) / 1024:.0f} KiB of shared memory, of "
+                f"{SHARED_MEMORY / 1024:.0f}, for {steps} steps of {tokens} tokens"
+            )
+    return None
+
+
+def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: Tiles):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     mask = inputs.mask
     if isinstance(mask, Ranges):
         # Nothing is stored, so the finest tiles are free.
         inputs = inputs._replace(mask=replace(mask, bq=min(mask.bq, TILE), bk=min(mask.bk, TILE)))
+    if inputs.slope is None and all(isinstance(x, Everything) for x in inputs.mask.predicates):
+        # Nothing asks where tokens are, and the compiler finds no layout for what nobody uses.
+        inputs = inputs._replace(q_positions=None, kv_positions=None)
     T = inputs.q.shape[1]
     inputs = inputs._replace(q=_whole(inputs.q), k=_whole(inputs.k), v=_whole(inputs.v))
     leaves, tree = jax.tree.flatten(inputs.mask)
@@ -71,7 +96,8 @@ def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
     inputs = inputs._replace(mask=traced)
     axes = varying_axes(inputs)
     o, lse = _attend(
-        _Static(scale, soft_cap, tree, known), jax.tree.map(lambda x: vary(jnp.asarray(x), axes), inputs)
+        _Static(scale, soft_cap, tiles, tree, known),
+        jax.tree.map(lambda x: vary(jnp.asarray(x), axes), inputs),
     )
     return o[:, :T], lse[..., :T]
 
@@ -87,6 +113,7 @@ class _Static:
 
     scale: float
     soft_cap: float | None
+    tiles: Tiles
     tree: Any
     known: tuple
 
@@ -106,8 +133,8 @@ def _forward(static, inputs):
     from blockjax.kernels.block_sparse_attention.hopper.forward import forward
     from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps
 
-    call, operands, tiles = _prepare(static, inputs)
-    steps = Steps(*tiles.forward, call.bk)
+    call, operands = _prepare(static, inputs)
+    steps = Steps(*static.tiles.forward, call.bk)
     inputs, o, lse = residuals(inputs, *forward(call, operands(steps), steps))
     return (o, lse), (inputs, o, lse)
 
@@ -120,16 +147,16 @@ def _backward(static, kept, cotangents):
 
     inputs, o, lse = kept
     do, dlse = cotangents
-    call, operands, tiles = _prepare(static, inputs)
+    call, operands = _prepare(static, inputs)
     delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
     # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
 
-    steps = Steps(*tiles.query, call.bk)
+    steps = Steps(*static.tiles.dq, call.bk)
     held = Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
     dq, dslope = query_gradient(call, operands(steps), held, steps)
 
-    steps = Steps(*tiles.key, call.bq)
+    steps = Steps(*static.tiles.dkv, call.bq)
     moving = Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
     dk, dv = key_gradients(call, operands(steps, transposed=True), moving, steps)
     if dslope is not None:
@@ -141,9 +168,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _prepare(static: _Static, inputs: Inputs):
-    """The call, a function that gives a kernel's operands from its steps, and the tiles."""
+    """The call, and a function that gives a kernel's operands from its steps."""
     from blockjax.kernels.block_sparse_attention.hopper.call import Call, operands
 
     inputs = static.whole(inputs)
     call = Call.of(inputs, static.scale, static.soft_cap)
-    return call, functools.partial(operands, call, inputs), TILES[max(call.H, call.Hv)]
+    return call, functools.partial(operands, call, inputs)

@@ -13,11 +13,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY
 from blockjax.kernels.block_sparse_attention.hopper.call import Call
 from blockjax.kernels.block_sparse_attention.hopper.schedule import Place, QueryTiles, run
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
-    SHARED_BYTES,
     WG_ROWS,
     WGMMA,
     Plane,
@@ -54,7 +54,7 @@ def forward(call: Call, operands, steps: Steps):
     rows, H, Hv = call.held, call.H, call.Hv
     tiles, units = QueryTiles(call, steps), rows.units(call.T)
     ring_bytes = steps.buffers * steps.tokens * (H + Hv) * 2
-    in_place = Hv == H and ring_bytes + 2 * rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
+    in_place = Hv == H and ring_bytes + 2 * rows.wgs * WG_ROWS * H * 2 > SHARED_MEMORY
 
     def attention_forward(operands, o_ref, lse_ref, shared):
         wg = lax.axis_index("wg")

@@ -10,6 +10,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
 from blockjax.kernels.block_sparse_attention.hopper.schedule import (
     Order,
@@ -20,7 +21,6 @@ from blockjax.kernels.block_sparse_attention.hopper.schedule import (
 )
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     COLUMN,
-    SHARED_BYTES,
     WG_ROWS,
     Plane,
     Steps,
@@ -71,7 +71,7 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
     )
     plane = Plane((WG_ROWS, steps.tokens), q_axis=1)
     tile_bytes = (steps.buffers * steps.tokens + 2 * rows.wgs * WG_ROWS) * (H + Hv) * 2
-    in_place = split or tile_bytes > SHARED_BYTES
+    in_place = split or tile_bytes > SHARED_MEMORY
     # The copy engine writes to multiples of 128 bytes: smaller pieces are read where they are, and slower.
     copied = steps.piece * 4 % 128 == 0
 

@@ -13,11 +13,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
 from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles, run
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
-    SHARED_BYTES,
     WG_ROWS,
     WGMMA,
     Plane,
@@ -56,7 +56,7 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
     plane = Plane((WG_ROWS, steps.tokens), q_axis=0)
     bias = operands.slope is not None
     tile_bytes = (steps.buffers * steps.tokens + rows.wgs * WG_ROWS) * (H + Hv) * 2
-    in_place = bias or tile_bytes + rows.wgs * WG_ROWS * H * 2 > SHARED_BYTES
+    in_place = bias or tile_bytes + rows.wgs * WG_ROWS * H * 2 > SHARED_MEMORY
 
     def attention_query_gradient(inputs, dq_ref, dslope_ref, shared):
         operands, cotangents = inputs

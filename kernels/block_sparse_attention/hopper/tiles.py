@@ -23,9 +23,6 @@ WG_ROWS = 64
 WGS = 2
 """Warpgroups that multiply in a CTA."""
 
-SHARED_BYTES = 224 << 10
-"""Of the 227 KiB of shared memory, what tiles may take."""
-
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COLUMN = WGMMA.reduce(0)

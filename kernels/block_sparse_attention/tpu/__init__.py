@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, residuals
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, Tiles, residuals
 from blockjax.kernels.block_sparse_attention.tpu import layout
 from blockjax.kernels.block_sparse_attention.tpu.layout import (
     MIB,
@@ -29,7 +29,11 @@ from blockjax.errors import UsageError
 INTERPRET = None
 """True, or `pltpu.InterpretParams`, to run the kernels on CPU: for tests."""
 
-KERNELS = ("forward", "dq", "dkv")
+KERNELS = Tiles._fields
+ROWS = (256, 512, 1024, 2048)
+CHOICES = {kernel: [(a, s) for a in ROWS for s in ROWS] for kernel in KERNELS}
+"""What `tune.py` tries."""
+
 PER_ROW = None, jnp.float32
 """An output of one number per row, along lanes, instead of (width, dtype)."""
 
@@ -41,13 +45,12 @@ def supports(spec: Spec) -> str | None:
         return f"it has tiles for {', '.join(layout.TILES)} and no other TPU"
     if spec.dtype not in (jnp.bfloat16, jnp.float32):
         return f"TPUs multiply bfloat16 and float32, not {spec.dtype}"
-    for kernel in KERNELS:
-        if layout.tile(kernel, spec.H, spec.Hv, spec.dtype) is None:
-            least = layout.vector_memory(kernel, 128, 128, spec.H, spec.Hv, spec.dtype)
-            return (
-                f"head sizes {spec.H} and {spec.Hv} need {least / MIB:.1f} MiB of vector memory, of "
-                f"{VECTOR_MEMORY / MIB:.0f}, even in tiles of 128x128"
-            )
+    if default_tiles(spec) is None:
+        least = max(layout.vector_memory(kernel, 128, 128, spec.H, spec.Hv, spec.dtype) for kernel in KERNELS)
+        return (
+            f"head sizes {spec.H} and {spec.Hv} need {least / MIB:.1f} MiB of vector memory, of "
+            f"{VECTOR_MEMORY / MIB:.0f}, even in tiles of 128x128"
+        )
     nq, nk = -(-spec.T // spec.bq), -(-spec.S // spec.bk)
     entries = 2 * list_window(max(nq, nk)) if spec.form == "lists" else 0
     needed = scalar_memory(max(nq, nk), entries)
@@ -59,13 +62,34 @@ def supports(spec: Spec) -> str | None:
     return None
 
 
+def default_tiles(spec: Spec) -> Tiles | None:
+    """Those of the table, halved for float32: its products take six passes, large tiles compile slowly."""
+    tiles = layout.TILES[layout.chip()]
+    if jnp.dtype(spec.dtype).itemsize > 2:
+        tiles = Tiles(*((anchor // 2, stream // 2) for anchor, stream in tiles))
+    return layout.fitting(tiles, spec.H, spec.Hv, spec.dtype)
+
+
+def tiles_fit(spec: Spec, tiles: Tiles) -> str | None:
+    """A reason why they do not, with the bytes of vector memory that are needed, or None."""
+    for kernel, rows in tiles._asdict().items():
+        needed = layout.vector_memory(kernel, *rows, spec.H, spec.Hv, spec.dtype)
+        if any(n % layout.LANES for n in rows) or needed > VECTOR_MEMORY:
+            return (
+                f"{kernel} in tiles of {rows[0]}x{rows[1]} needs {needed / MIB:.1f} MiB of vector memory, of "
+                f"{VECTOR_MEMORY / MIB:.0f}; rows come in multiples of {layout.LANES}"
+            )
+    return None
+
+
 @dataclass(frozen=True)
 class _Options:
     scale: float
     soft_cap: float | None
+    tiles: Tiles
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
+def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: Tiles):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     for leaf in jax.tree.leaves(inputs.mask.predicates):
         if np.shape(leaf) != ():
@@ -73,7 +97,7 @@ def attention(inputs: Inputs, *, scale: float, soft_cap: float | None):
     axes = varying_axes(inputs)
     walk = plan.rows(inputs)
     return _attend(
-        _Options(scale, soft_cap), *jax.tree.map(lambda x: vary(jnp.asarray(x), axes), (inputs, walk))
+        _Options(scale, soft_cap, tiles), *jax.tree.map(lambda x: vary(jnp.asarray(x), axes), (inputs, walk))
     )
 
 
@@ -135,9 +159,9 @@ class _Launch:
         self.name, self.inputs, self.walk = name, inputs, walk
         self.kernel = dict(forward=kernels.Forward, dq=kernels.QueryGradient, dkv=kernels.KeyGradient)[name]
         mask, ranges, keys_stay = inputs.mask, isinstance(walk, plan.RangeWalk), name == "dkv"
-        _, T, N, H = inputs.q.shape
+        _, T, N, _ = inputs.q.shape
         _, S, K, Hv = inputs.v.shape
-        rows = layout.tile(name, H, Hv, inputs.q.dtype)
+        rows = getattr(options.tiles, name)
         own_lists = mask.lists_shape[1] == N
         self.q = Side.of(T, mask.bq, N, 1 if own_lists else N // K, rows[keys_stay])
         self.k = Side.of(S, mask.bk, K, 1, rows[not keys_stay])

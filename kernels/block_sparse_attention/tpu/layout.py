@@ -4,14 +4,15 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.spec import Tiles
 from blockjax.kernels.platforms import target
 
 TILES = {
-    "v5e": dict(forward=(1024, 512), dq=(1024, 2048), dkv=(1024, 2048)),
-    "v5p": dict(forward=(1024, 512), dq=(1024, 1024), dkv=(1024, 1024)),
-    "v6e": dict(forward=(2048, 512), dq=(1024, 2048), dkv=(1024, 2048)),
+    "v5e": Tiles(forward=(1024, 512), dq=(1024, 2048), dkv=(1024, 2048)),
+    "v5p": Tiles(forward=(1024, 512), dq=(1024, 1024), dkv=(1024, 1024)),
+    "v6e": Tiles(forward=(2048, 512), dq=(1024, 2048), dkv=(1024, 2048)),
 }
-"""Most rows of the tile that stays and of the one that streams past it, by `experiments/tpu_schedule.py`."""
+"""By chip; chosen by `experiments/tpu_schedule.py`."""
 
 GATHERED = 1024
 """Most rows gathered from smaller blocks: a row of a walk ends in a tile that is half empty on average."""
@@ -38,13 +39,13 @@ def chip() -> str | None:
     return next((chip for name, chip in names.items() if name in kind.lower()), None)
 
 
-def tile(kernel: str, H: int, Hv: int, dtype) -> tuple[int, int] | None:
-    """Rows that stay and rows that stream: those of the table, halved until they fit; None if none do.
+def fitting(tiles: Tiles, H: int, Hv: int, dtype) -> Tiles | None:
+    """The tiles, halved until they fit vector memory; None if none do."""
+    fit = [_fitting(kernel, *rows, H, Hv, dtype) for kernel, rows in tiles._asdict().items()]
+    return None if None in fit else Tiles(*fit)
 
-    float32 starts at half of them: its products take six passes, and the compiler minutes for large tiles.
-    """
-    smaller = 1 if jnp.dtype(dtype).itemsize == 2 else 2
-    anchor, stream = (rows // smaller for rows in TILES[chip()][kernel])
+
+def _fitting(kernel: str, anchor: int, stream: int, H: int, Hv: int, dtype) -> tuple[int, int] | None:
     while vector_memory(kernel, anchor, stream, H, Hv, dtype) > VECTOR_MEMORY:
         if max(anchor, stream) <= LANES:
             return None
