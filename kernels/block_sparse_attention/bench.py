@@ -1,45 +1,75 @@
-"""`block_sparse_attention` beside dense XLA attention, in one process on the device at hand.
+"""`block_sparse_attention` beside what a user would call instead, in one process on the device at hand.
 
     python -m blockjax.kernels.block_sparse_attention.bench [--case NAME ...] [--json out.json]
 
-Each case first checks that outputs and gradients agree with the peer, then times forward and forward +
-backward: the median over rounds in which peer and op take turns, so that both see the same machine.
+Each case first checks that outputs and gradients agree with each peer, then times forward and forward +
+backward: the median over rounds in which peers and op take turns, so that all see the same machine. Rates
+count visible pairs only: 4 H FLOPs forward and 14 H forward + backward, a pair and head.
 """
 
 import argparse
+import functools
 import json
+import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
+from blockjax.kernels.block_sparse_attention.peers import PEERS, Runner, jax_runner
+from blockjax.kernels.platforms import target
 from rich.console import Console
 from rich.table import Table
 
-from blockjax.masks import BlockMask
+from blockjax.errors import UsageError
+from blockjax.masks import BlockMask, Causal
+
+
+def make_mask(text: str, T: int, N: int, block: int) -> BlockMask:
+    """`causal`, `window:LEFT`, or lists of blocks below the diagonal of each head: `random:DENSITY`."""
+    form, _, number = text.partition(":")
+    sizes = dict(bq=block, bk=block)
+    if form == "causal":
+        return BlockMask.causal(T, **sizes)
+    if form == "window" and number.isdigit():
+        return BlockMask.window(T, left=int(number), **sizes)
+    if form == "random" and number:
+        n = -(-T // block)
+        listed = np.tril(np.random.default_rng(0).random((N, n, n)) < float(number)) | np.eye(n, dtype=bool)
+        return BlockMask.from_block_bool(listed, T, T, **sizes, predicate=Causal())
+    raise UsageError(f"The mask {text!r} must be causal, window:LEFT or random:DENSITY.")
+
+
+def top_k_mask(scores: jax.Array, density: float, block: int) -> BlockMask:
+    """The best blocks of each head and row by `scores` [N, n, n], on and below the diagonal; inside jit."""
+    _, n, _ = scores.shape
+    i = jnp.arange(n)
+    scores = jnp.where(i[:, None] >= i, scores, -jnp.inf).at[:, i, i].set(jnp.inf)
+    counts = jnp.ceil(density * (i + 1)).astype(jnp.int32)
+    _, index = jax.lax.top_k(scores, int(np.ceil(density * n)))
+    return BlockMask.from_indices(
+        index, jnp.broadcast_to(counts, index.shape[:2]), bq=block, bk=block, predicate=Causal()
+    )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape; `window` counts the query itself, None is causal; `documents` a row are segments."""
+    """One shape; `documents` a row are segments; `mask` as in `make_mask`, or `top_k:DENSITY`."""
 
     B: int
     T: int
     N: int
     K: int
     H: int
-    window: int | None = None
+    mask: str = "causal"
+    peers: tuple[str, ...] = ("xla",)
     documents: int = 1
     block: int = 128
     dtype: str = "float32"
-
-    def mask(self) -> BlockMask:
-        if self.window is None:
-            return BlockMask.causal(self.T, bq=self.block, bk=self.block)
-        return BlockMask.window(self.T, left=self.window, bq=self.block, bk=self.block)
 
     def segments(self):
         if self.documents == 1:
@@ -47,117 +77,133 @@ class Case:
         starts = np.random.default_rng(0).random((self.B, self.T)) < (self.documents - 1) / self.T
         return jnp.asarray(np.cumsum(starts, 1), jnp.int32)
 
+    def scores(self):
+        """Of blocks, where lists are built in each call; else None."""
+        n = self.T // self.block
+        is_top_k = self.mask.startswith("top_k")
+        return jax.random.uniform(jax.random.key(1), (self.N, n, n)) if is_top_k else None
 
+    def build(self, scores) -> BlockMask:
+        if scores is None:
+            return make_mask(self.mask, self.T, self.N, self.block)
+        return top_k_mask(scores, float(self.mask.partition(":")[2]), self.block)
+
+
+_gpu = functools.partial(Case, B=1, N=32, K=8, H=128, dtype="bfloat16", peers=("cudnn",))
+LENGTHS = {"16k": 16384, "32k": 32768}
 CASES = {
-    "window": Case(B=1, T=4096, N=4, K=4, H=64, window=512),
-    "window-gqa": Case(B=1, T=4096, N=8, K=2, H=64, window=512),
-    "causal": Case(B=1, T=4096, N=4, K=4, H=64),
-    "train-64": Case(B=16, T=512, N=4, K=4, H=64, documents=4),
-    "train-32": Case(B=32, T=512, N=4, K=4, H=32, documents=4),
+    "cpu": {
+        "window": Case(B=1, T=4096, N=4, K=4, H=64, mask="window:512"),
+        "window-gqa": Case(B=1, T=4096, N=8, K=2, H=64, mask="window:512"),
+        "causal": Case(B=1, T=4096, N=4, K=4, H=64),
+        "train-64": Case(B=16, T=512, N=4, K=4, H=64, documents=4),
+        "train-32": Case(B=32, T=512, N=4, K=4, H=32, documents=4),
+    },
+    "gpu": {
+        f"{name}-{length}": make(T=T)
+        for name, make in {
+            "causal": _gpu,
+            "causal-h64": functools.partial(_gpu, H=64),
+            "causal-h256": functools.partial(_gpu, H=256),
+            "window": functools.partial(_gpu, mask="window:1024", peers=("cudnn", "flex")),
+            "random": functools.partial(_gpu, mask="random:0.13", peers=("flex",)),
+            "top_k": functools.partial(_gpu, mask="top_k:0.13", peers=("flex",)),
+        }.items()
+        for length, T in LENGTHS.items()
+    },
 }
+"""By platform; a TPU has those of a CPU."""
 
 
-def dense(case: Case, segments):
-    """The peer: `jax.nn.dot_product_attention`, with the window built in and a mask only for segments."""
-    window = None if case.window is None else (case.window - 1, 0)
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-
-    def attend(q, k, v):
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=True, local_window_size=window, implementation="xla"
-        )
-
-    return attend
-
-
-def measure(case: Case, rounds: int) -> dict:
-    """Milliseconds of peer and op, their ratios, and the pairs a head sees and executes."""
+def measure(case: Case, rounds: int, calls: int) -> dict:
+    """Milliseconds and TFLOP/s of op and peers, and the pairs that a head sees and executes."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (case.N, case.K, case.K, case.N)
-    q, k, v, do = (
+    arrays = [
         jax.random.normal(key, (case.B, case.T, n, case.H), case.dtype)
         for key, n in zip(keys, heads, strict=True)
-    )
-    mask, segments = case.mask(), case.segments()
+    ]
+    segments, scores = case.segments(), case.scores()
+    mask = case.build(None) if scores is None else jax.device_get(jax.jit(case.build)(scores))
 
-    def sparse(q, k, v):
-        return block_sparse_attention(q, k, v, mask, q_segment_ids=segments)
+    def attend(q, k, v, *scores):
+        inside = case.build(*scores) if scores else mask
+        return block_sparse_attention(q, k, v, inside, q_segment_ids=segments)
 
-    def both_ways(attend):
-        def loss(q, k, v):
-            return jnp.sum(attend(q, k, v).astype(jnp.float32) * do)
-
-        return jax.jit(attend), jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-
-    (dense_fwd, dense_both), (sparse_fwd, sparse_both) = both_ways(dense(case, segments)), both_ways(sparse)
-    error = max(
-        float(jnp.abs(a - b).max())
-        for a, b in zip(dense_both(q, k, v)[1], sparse_both(q, k, v)[1], strict=True)
-    )
-    error = max(error, float(jnp.abs(dense_fwd(q, k, v) - sparse_fwd(q, k, v)).max()))
-    if error > 1e-3 * case.T**0.5:
-        raise AssertionError(
-            f"{case} disagrees with dense attention by {error:.1e}; its timing means nothing."
-        )
-    times = interleaved([dense_fwd, sparse_fwd, dense_both, sparse_both], (q, k, v), rounds)
+    runners = {"ours": jax_runner(attend, arrays if scores is None else [*arrays, scores])}
+    for name in case.peers:
+        runners[name] = PEERS[name](mask, segments, arrays)
+        check(case, name, runners["ours"], runners[name])
+    forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
+    both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
+    flops = 4 * case.B * case.N * case.H * float(mask.visible_pairs())
     return {
-        "dense_fwd_ms": times[0],
-        "fwd_ms": times[1],
-        "fwd_ratio": times[0] / times[1],
-        "dense_fwd_bwd_ms": times[2],
-        "fwd_bwd_ms": times[3],
-        "fwd_bwd_ratio": times[2] / times[3],
-        "visible_pairs": mask.visible_pairs(),
+        "visible_pairs": float(mask.visible_pairs()),
         "executed_pairs": float(mask.executed_pairs()),
-        "error": error,
+        "runs": {
+            name: dict(
+                fwd_ms=f, fwd_bwd_ms=b, fwd_tflops=flops / f * 1e-9, fwd_bwd_tflops=3.5 * flops / b * 1e-9
+            )
+            for name, f, b in zip(runners, forward, both, strict=True)
+        },
     }
 
 
-def interleaved(functions, args, rounds: int) -> list[float]:
-    """Median milliseconds of each compiled function, called in turn."""
-    times = [[] for _ in functions]
+def check(case: Case, name: str, ours: Runner, peer: Runner) -> None:
+    """Raises if op and peer do not compute the same: their times would mean nothing."""
+    tolerance = 1e-3 if case.dtype == "float32" else 2e-2
+    pairs = zip(ours.arrays(ours.both()), peer.arrays(peer.both()), ("o", "dq", "dk", "dv"), strict=True)
+    for a, b, what in pairs:
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        if not error <= tolerance:
+            raise AssertionError(f"{case}: {what} differs from that of {name} by {error:.1e}.")
+
+
+def interleaved(runs: list[tuple[Callable, Callable]], rounds: int, calls: int = 1) -> list[float]:
+    """Median milliseconds of each (start, wait): in each round, `calls` starts in a row and one wait."""
+    times = [[] for _ in runs]
     for _ in range(rounds + 1):
-        for f, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(f(*args))
-            taken.append(1e3 * (time.perf_counter() - start))
+        for (start, wait), taken in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(calls):
+                out = start()
+            wait(out)
+            taken.append(1e3 * (time.perf_counter() - begin) / calls)
     return [statistics.median(taken[1:]) for taken in times]
 
 
 def main(argv: list[str] | None = None) -> None:
+    # Peers of other frameworks need memory too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platform, device = target()
+    cases = CASES.get(platform, CASES["cpu"])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
     parser.add_argument("--json", help="also write the numbers to this file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1 if platform == "cpu" else 8, help="a round")
     args = parser.parse_args(argv)
 
-    device = jax.devices()[0].device_kind
-    table = Table(title=f"block_sparse_attention and dense XLA attention on {device}, milliseconds")
-    columns = (
-        "case",
-        "dense fwd",
-        "fwd",
-        "ratio",
-        "dense fwd+bwd",
-        "fwd+bwd",
-        "ratio",
-        "visible",
-        "executed",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "case" else "right")
+    console = Console()
+    table = Table(title=f"block_sparse_attention on {device}: milliseconds, and times as fast as each peer")
+    for column in ("case", "", "fwd", "TFLOP/s", "x", "fwd+bwd", "TFLOP/s", "x"):
+        table.add_column(column, justify="right" if column not in ("case", "") else "left")
     results = {}
     for name in args.case:
-        r = results[name] = measure(CASES[name], args.rounds)
-        ms = [f"{r[x]:.1f}" for x in ("dense_fwd_ms", "fwd_ms", "dense_fwd_bwd_ms", "fwd_bwd_ms")]
-        ratios = [f"{r[x]:.2f}x" for x in ("fwd_ratio", "fwd_bwd_ratio")]
-        pairs = [f"{r[x]:.3g}" for x in ("visible_pairs", "executed_pairs")]
-        table.add_row(name, ms[0], ms[1], ratios[0], ms[2], ms[3], ratios[1], *pairs)
-    Console().print(table)
+        with console.status(name):
+            r = results[name] = measure(cases[name], args.rounds, args.calls)
+        ours = r["runs"]["ours"]
+        for who, run in r["runs"].items():
+            cells = []
+            for way in ("fwd", "fwd_bwd"):
+                ratio = "" if who == "ours" else f"{run[f'{way}_ms'] / ours[f'{way}_ms']:.2f}"
+                cells += [f"{run[f'{way}_ms']:.3f}", f"{run[f'{way}_tflops']:.0f}", ratio]
+            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
+    console.print(table)
     if args.json:
-        cases = {name: {**vars(CASES[name]), **r} for name, r in results.items()}
+        described = {name: {**vars(cases[name]), **r} for name, r in results.items()}
         with open(args.json, "w") as file:
-            json.dump({"device": device, "jax": jax.__version__, "cases": cases}, file, indent=2)
+            json.dump({"device": device, "jax": jax.__version__, "cases": described}, file, indent=2)
 
 
 if __name__ == "__main__":

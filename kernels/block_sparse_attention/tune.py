@@ -3,17 +3,16 @@
     python -m blockjax.kernels.block_sparse_attention.tune --T 16384 --N 32 --K 8 --H 128 --mask window:1024
 
 Tries the tiles of one kernel after the other, checks each against the table's, and writes the fastest into
-the file that later calls of this kind of shape read (see `tuning.py`). Masks: `causal`, `window:LEFT`, or
-`random:DENSITY`, which lists blocks a head below the diagonal.
+the file that later calls of this kind of shape read (see `tuning.py`). Masks are those of `bench.make_mask`.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from blockjax.kernels.block_sparse_attention import api, bench, tuning
 from blockjax.kernels.block_sparse_attention.spec import Tiles
 from rich.console import Console
@@ -21,7 +20,6 @@ from rich.progress import track
 from rich.table import Table
 
 from blockjax.errors import UsageError
-from blockjax.masks import BlockMask, Causal
 
 ROUNDS = 7
 TOLERANCE = 2e-2
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def tune(args, console: Console):
     """`(backend, key, tiles, milliseconds)` of the fastest tiles."""
-    mask = make_mask(args.mask, args.T, args.N, args.block)
+    mask = bench.make_mask(args.mask, args.T, args.N, args.block)
     shapes = dict(q=args.N, k=args.K, v=args.K, do=args.N)
     q, k, v, do = (
         jax.random.normal(jax.random.key(i), (args.B, args.T, heads, args.H), args.dtype)
@@ -91,26 +89,14 @@ def tune(args, console: Console):
             if not all(map(_close, result, expected)):
                 table.add_row("{}x{}".format(*choice), "wrong")
                 continue
-            (found[choice],) = bench.interleaved([f], (q, k, v, do), ROUNDS)
+            (found[choice],) = bench.interleaved(
+                [(functools.partial(f, q, k, v, do), jax.block_until_ready)], ROUNDS
+            )
             table.add_row("{}x{}".format(*choice), f"{found[choice]:.3f}")
         console.print(table)
         fastest = min(found, key=found.get)
         best, times[kernel] = best._replace(**{kernel: fastest}), round(found[fastest], 4)
     return name, tuning.key(name, spec, mask), best, times
-
-
-def make_mask(text: str, T: int, N: int, block: int) -> BlockMask:
-    form, _, number = text.partition(":")
-    sizes = dict(bq=block, bk=block)
-    if form == "causal":
-        return BlockMask.causal(T, **sizes)
-    if form == "window" and number.isdigit():
-        return BlockMask.window(T, left=int(number), **sizes)
-    if form == "random" and number:
-        n = -(-T // block)
-        listed = np.tril(np.random.default_rng(0).random((N, n, n)) < float(number)) | np.eye(n, dtype=bool)
-        return BlockMask.from_block_bool(listed, T, T, **sizes, predicate=Causal())
-    raise UsageError(f"--mask={text} must be causal, window:LEFT or random:DENSITY.")
 
 
 def _close(a, b) -> bool:

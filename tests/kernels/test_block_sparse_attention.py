@@ -1,7 +1,9 @@
 """`block_sparse_attention`: the suite for each backend, and what does not depend on one."""
 
+import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,8 +61,33 @@ def test_dispatch_takes_the_first_that_supports_the_call_and_says_why(monkeypatc
         block_sparse_attention(Q, K, V, MASK, implementation="fast")
 
 
-def test_bench_checks_and_measures(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "CASES", {"tiny": bench.Case(B=1, T=64, N=2, K=1, H=8, window=20, block=16)})
+def test_bench_checks_and_measures(monkeypatch, tmp_path, capsys):
+    tiny = dict(B=1, T=64, N=2, K=1, H=8, block=16)
+    cases = {
+        "window": bench.Case(**tiny, mask="window:20"),
+        "top_k": bench.Case(**tiny, mask="top_k:0.5", peers=()),
+    }
+    monkeypatch.setattr(bench, "CASES", {"cpu": cases})
     out = tmp_path / "bench.json"
     bench.main(["--rounds", "1", "--json", str(out)])
-    assert '"fwd_bwd_ratio"' in out.read_text()
+    runs = {name: case["runs"] for name, case in json.loads(out.read_text())["cases"].items()}
+    assert runs["window"].keys() == {"ours", "xla"} and runs["window"]["xla"]["fwd_bwd_ms"] > 0
+    assert "1.00" in capsys.readouterr().out or runs["top_k"]["ours"]["fwd_tflops"] > 0
+
+
+def test_bench_refuses_to_time_what_is_wrong(monkeypatch):
+    wrong = lambda *args: bench.PEERS["xla"](BlockMask.window(64, left=19, bq=16, bk=16), *args[1:])  # noqa: E731
+    monkeypatch.setitem(bench.PEERS, "wrong", wrong)
+    case = bench.Case(B=1, T=64, N=2, K=1, H=8, block=16, mask="window:20", peers=("wrong",))
+    with pytest.raises(AssertionError, match="o differs from that of wrong by"):
+        bench.measure(case, rounds=1, calls=1)
+
+
+def test_top_k_lists_the_best_blocks_and_the_diagonal():
+    scores = np.random.default_rng(0).random((2, 8, 8), "f")
+    tags = np.asarray(jax.jit(lambda s: bench.top_k_mask(s, 0.4, 16).tags())(scores))[0] > 0
+    for head, i in np.ndindex(2, 8):
+        chosen = np.flatnonzero(tags[head, i])
+        count = int(np.ceil(0.4 * (i + 1)))
+        best = np.argsort(-scores[head, i, :i])[: count - 1]
+        assert set(chosen) == {i, *best}
