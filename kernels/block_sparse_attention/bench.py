@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             cells = []
             for way in ("fwd", "fwd_bwd"):
                 ratio = "" if who == "ours" else f"{run[f'{way}_ms'] / ours[f'{way}_ms']:.2f}"
-                cells += [f"{run[f'{way}_ms']:.3f}", f"{run[f'{way}_tflops']:.0f}", ratio]
+                cells += [f"{run[f'{way}_ms']:.3f}", f"{run[f'{way}_tflops']:.3g}", ratio]
             table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
     console.print(table)
     if args.json:

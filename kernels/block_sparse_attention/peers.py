@@ -36,7 +36,7 @@ def jax_runner(attend: Callable, arrays) -> Runner:
 
 
 def dense(implementation: str) -> Callable:
-    """`jax.nn.dot_product_attention` by `xla` or `cudnn`: the window is built in, only segments are a mask."""
+    """`jax.nn.dot_product_attention` by `xla` or `cudnn`: windows are built in, only segments are a mask."""
 
     def make(mask: BlockMask, segments, arrays) -> Runner:
         predicate = mask.predicates[0]

@@ -72,7 +72,8 @@ def test_bench_checks_and_measures(monkeypatch, tmp_path, capsys):
     bench.main(["--rounds", "1", "--json", str(out)])
     runs = {name: case["runs"] for name, case in json.loads(out.read_text())["cases"].items()}
     assert runs["window"].keys() == {"ours", "xla"} and runs["window"]["xla"]["fwd_bwd_ms"] > 0
-    assert "1.00" in capsys.readouterr().out or runs["top_k"]["ours"]["fwd_tflops"] > 0
+    assert runs["top_k"]["ours"]["fwd_tflops"] > 0
+    assert "xla" in capsys.readouterr().out
 
 
 def test_bench_refuses_to_time_what_is_wrong(monkeypatch):
