@@ -25,11 +25,11 @@ from flax import nnx
 from blockjax.depth import DepthQueries, Stream
 from blockjax.depth.stream import weight_table
 from blockjax.errors import UsageError, nearest
-from blockjax.kernels.block_sparse_attention import RESIDUAL, block_sparse_attention
+from blockjax.kernels.block_sparse_attention import RESIDUAL, sharded_block_sparse_attention
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec
-from blockjax.parallel.mesh import constrain, per_device
+from blockjax.parallel.mesh import constrain, cut
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
@@ -295,21 +295,22 @@ class Transformer(nnx.Module):
           ids: [B, T] int32 from `spec.ids`, or None.
         """
 
-        def attend(q, k, v, ids):
-            return block_sparse_attention(
+        def attend(q, k, v):
+            # What does not divide over the mesh every device computes whole.
+            return sharded_block_sparse_attention(
                 q,
                 k,
                 v,
                 spec.mask(q.shape[1], self.config.attention_block),
+                batch=cut("batch", q.shape[0]),
+                heads=cut("kv_heads", k.shape[2]),
                 soft_cap=self.config.soft_cap or None,
                 q_segment_ids=ids,
                 kv_segment_ids=ids,
                 bias=spec.bias(q.shape[2]),
             )
 
-        q, kv = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-        local = per_device(attend, (q, kv, kv, ("batch", None)), q)
-        return lambda q, k, v: local(q, k, v, ids)
+        return attend
 
     def segments(self, tokens: jax.Array, positions: jax.Array) -> jax.Array | None:
         """Index of each token's segment in its document, [B, T] int32; None without segments."""

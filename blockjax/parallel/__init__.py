@@ -4,10 +4,10 @@ from blockjax.parallel.mesh import (
     MESH_AXES,
     RULES,
     constrain,
+    cut,
     make_mesh,
     partition_spec,
-    per_device,
     shardings,
 )
 
-__all__ = ["MESH_AXES", "RULES", "constrain", "make_mesh", "partition_spec", "per_device", "shardings"]
+__all__ = ["MESH_AXES", "RULES", "constrain", "cut", "make_mesh", "partition_spec", "shardings"]

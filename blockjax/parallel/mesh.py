@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -110,37 +110,13 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
 
 
-def per_device(
-    function: Callable[..., jax.Array], inputs: Sequence[Sequence[str | None]], output: Sequence[str | None]
-) -> Callable[..., jax.Array]:
-    """`function`, run by every device of the mesh in use on its own part of the arrays.
-
-    For functions that treat the named dimensions independently. Partitioned
-    automatically, a loop or branch that asks something of the whole batch would
-    communicate in every iteration.
-
-    Args:
-      function: of arrays, or None in place of one.
-      inputs, output: logical names of the dimensions of each argument and of the result.
-
-    Returns:
-      The same function; `function` itself without a mesh, or for sizes that do not divide.
-    """
-
-    def call(*arrays):
-        mesh = jax.sharding.get_abstract_mesh()
-        specs = tuple(partition_spec(names) for names in inputs)
-        sizes = (
-            pair
-            for x, s in zip(arrays, specs, strict=True)
-            if x is not None
-            for pair in zip(x.shape, s, strict=True)
-        )
-        if mesh.empty or any(n % _parts(mesh, entry) for n, entry in sizes):
-            return function(*arrays)
-        return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(output))(*arrays)
-
-    return call
+def cut(name: str, size: int) -> tuple[str, ...] | None:
+    """The mesh axes over which a dimension of this logical name is cut; None if it does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    entry = partition_spec((name,))[0]
+    return None if size % _parts(mesh, entry) else _as_tuple(entry)
 
 
 def _parts(mesh, entry) -> int:

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from blockjax.errors import UsageError
-from blockjax.parallel import MESH_AXES, RULES, constrain, make_mesh, partition_spec, per_device, shardings
+from blockjax.parallel import MESH_AXES, RULES, constrain, cut, make_mesh, partition_spec, shardings
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
 from tests.models.tiny import tiny_config
@@ -154,26 +153,12 @@ def test_constrain_places_an_activation():
         assert place(jnp.ones((8, 4, 3))).sharding.spec == P(("data", "fsdp"), "seq")
 
 
-def test_per_device_runs_on_parts():
-    x, y = np.arange(32.0).reshape(8, 4), np.arange(8)
-
-    def shapes(x, y, z):
-        assert z is None
-        seen.append((x.shape, y.shape))
-        return x * y[:, None]
-
-    local = per_device(shapes, (("batch", "heads"), ("batch",), ("batch",)), ("batch", "heads"))
-    for sizes, expected in (
-        (None, ((8, 4), (8,))),
-        (dict(data=2, fsdp=2, tensor=2), ((2, 2), (2,))),
-        (dict(data=4, seq=2), ((2, 4), (2,))),
-        (dict(tensor=8), ((8, 4), (8,))),  # 4 heads do not divide: left to the partitioner
+def test_cut_names_the_axes_that_divide():
+    assert cut("batch", 8) is None
+    for sizes, batch, heads in (
+        (dict(data=2, fsdp=2, tensor=2), ("data", "fsdp"), ("tensor",)),
+        (dict(data=8), ("data", "fsdp"), ("tensor",)),
+        (dict(tensor=8), ("data", "fsdp"), None),
     ):
-        seen = []
-        with jax.set_mesh(make_mesh(sizes) if sizes else make_mesh({}, jax.devices()[:1])):
-            result = jax.jit(lambda x, y: local(x, y, None))(x, y)
-        np.testing.assert_array_equal(result, x * y[:, None])
-        assert seen == [expected]
-    seen = []
-    local(x, y, None)
-    assert seen == [((8, 4), (8,))]
+        with jax.set_mesh(make_mesh(sizes)):
+            assert cut("batch", 8) == batch and cut("heads", 4) == heads
