@@ -43,6 +43,7 @@ setup(
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "gcs": ["gcsfs>=2024.6"],
         "slurm": ["submitit>=1.5"],
+        "bench": ["torch>=2.8"],  # FlexAttention and a compiled decoder, to compare with
         "dev": [
             "setuptools>=77",
             "pytest>=8",

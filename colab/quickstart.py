@@ -193,7 +193,7 @@ def bits_per_byte(model, batch, locality):
     print("compiling")  # Python runs while JAX traces, and then no more
     context = {key: batch[key] for key in ("positions", "segment_ids")}
     hidden = model.hidden(batch["tokens"], **context, locality=locality)
-    nats = cross_entropy(hidden, model.head_weight(), batch["targets"]).nats
+    nats, _ = cross_entropy(hidden, model.head_weight(), batch["targets"])
     return nats / jnp.log(2) / batch["target_bytes"].sum()
 
 

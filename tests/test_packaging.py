@@ -12,6 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHIPPED = ("blockjax", "kernels", "experiments", "configs")
+EXTRAS = ("cuda", "tpu", "gcs", "slurm", "bench")
 SOURCES = sorted(file for folder in (*SHIPPED, "tests") for file in (ROOT / folder).rglob("*.py"))
 
 # Where the import has another name than the distribution.
@@ -53,7 +54,7 @@ def python(code: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
 
 
 def test_every_import_is_declared():
-    lines = set.union(*(requirements(group) for group in ("install_requires", "cuda", "tpu", "gcs", "slurm")))
+    lines = set.union(*(requirements(group) for group in ("install_requires", *EXTRAS)))
     declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
     found = {name: file for file in SOURCES if "tests" not in file.parts for name in imports(file)}
     missing = {
@@ -65,7 +66,7 @@ def test_every_import_is_declared():
     assert not missing
 
 
-@pytest.mark.parametrize("group", ["install_requires", "cuda", "tpu", "gcs", "slurm", "dev"])
+@pytest.mark.parametrize("group", ["install_requires", *EXTRAS, "dev"])
 def test_requirements_are_ranges(group):
     listed = requirements(group)
     assert listed

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
-from blockjax.kernels.block_sparse_attention.peers import PEERS, Runner, jax_runner
+from blockjax.kernels.block_sparse_attention.peers import PEERS, Runner, jax_runner, missing
 from blockjax.kernels.platforms import target
 from rich.console import Console
 from rich.table import Table
@@ -132,6 +132,9 @@ def measure(case: Case, rounds: int, calls: int) -> dict:
 
     runners = {"ours": jax_runner(attend, arrays if scores is None else [*arrays, scores])}
     for name in case.peers:
+        if (reason := missing(name)) is not None:
+            print(f"{name} is left out: {reason}")
+            continue
         runners[name] = PEERS[name](mask, segments, arrays)
         check(case, name, runners["ours"], runners[name])
     forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)

@@ -1,5 +1,6 @@
 """What a user would call instead of `block_sparse_attention`, for `bench.py`."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,6 +93,13 @@ def flex(mask: BlockMask, segments, arrays) -> Runner:
         return [x.detach().transpose(1, 2).float().cpu().numpy() for x in leaves]
 
     return Runner(forward, both, lambda out: torch.cuda.synchronize(), to_numpy)
+
+
+def missing(name: str) -> str | None:
+    """A reason why a peer cannot be called here, or None."""
+    if name == "flex" and importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed: pip install 'blockjax[bench]'"
+    return None
 
 
 PEERS = {"xla": dense("xla"), "cudnn": dense("cudnn"), "flex": flex}

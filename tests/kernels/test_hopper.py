@@ -105,6 +105,7 @@ LOWERED = {
 @pytest.fixture
 def for_hopper(monkeypatch):
     monkeypatch.setattr(api, "target", lambda: H100)
+    monkeypatch.setattr(api, "BACKENDS", {"hopper": hopper, **api.BACKENDS})
 
 
 def lowered(f, *args) -> str:
