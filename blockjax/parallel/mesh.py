@@ -112,11 +112,9 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 
 def cut(name: str, size: int) -> tuple[str, ...] | None:
     """The mesh axes over which a dimension of this logical name is cut; None if it does not divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return None
-    entry = partition_spec((name,))[0]
-    return None if size % _parts(mesh, entry) else _as_tuple(entry)
+    return None if size % parts(name) else _as_tuple(partition_spec((name,))[0])
 
 
 def _parts(mesh, entry) -> int:

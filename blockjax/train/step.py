@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +63,7 @@ def make_train_step(
     numbers of targets weigh as they do in one batch.
     """
 
-    def objective(params, batch: Batch, locality) -> tuple[jax.Array, LossSums]:
-        return batch_loss(graph, params, batch, locality, z_loss)
-
-    gradient = jax.grad(objective, has_aux=True)
+    gradient = jax.grad(functools.partial(batch_loss, graph, z_loss=z_loss), has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         locality = dial(state.step)

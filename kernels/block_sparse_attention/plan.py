@@ -105,17 +105,14 @@ def _blocks(inputs: Inputs) -> tuple[_Ids, _Ids] | None:
 
 
 def _tiles(inputs: Inputs):
-    """Ranges: which tiles are listed and which are full, [1 | B, nq, nk]."""
-    mask, ids = inputs.mask, _blocks(inputs)
+    """Ranges with segment ids: which tiles are listed and which are full, [1 | B, nq, nk]."""
+    mask, (q, k) = inputs.mask, _blocks(inputs)
     block = np.arange(mask.nk)
     lo, full_lo, full_hi, hi = (x[:, None] for x in mask.bounds(np.arange(mask.nq)))
     listed = ((lo <= block) & (block < hi))[None]
     full = ((full_lo <= block) & (block < full_hi))[None] & _promised(inputs)
-    if ids is not None:
-        q, k = ids
-        meet, same = _compare(q.at(np.s_[:, :, None]), k.at(np.s_[:, None]))
-        listed, full = listed & meet, full & same
-    return listed, full
+    meet, same = _compare(q.at(np.s_[:, :, None]), k.at(np.s_[:, None]))
+    return listed & meet, full & same
 
 
 def _entries(inputs: Inputs):

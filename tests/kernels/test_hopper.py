@@ -1,6 +1,7 @@
 """The Hopper backend: what it refuses, lowering without a GPU, and the suite on one (`make test-gpu`)."""
 
 import functools
+import itertools
 import re
 from typing import ClassVar
 
@@ -100,6 +101,21 @@ LOWERED = {
     ),
     "function": (dict(), BlockMask.from_predicate(lambda pq, pk: (pq + pk) % 7 < 2, 256, 200), (), ()),
 }
+
+
+@pytest.mark.parametrize(("H", "Hv"), [*itertools.product(hopper.HEAD_DIMS, repeat=2)])
+def test_tiles_of_the_table_fit(H, Hv):
+    call = spec(H=H, Hv=Hv)
+    assert hopper.tiles_fit(call, hopper.default_tiles(call)) is None
+
+
+def test_tiles_that_do_not_fit_are_refused_with_the_bytes():
+    call = spec(H=256, Hv=128)
+    tiles = hopper.default_tiles(call)
+    # 128 rows of 256 and of 128 are held apart, 256 tokens of both are in flight.
+    said = hopper.tiles_fit(call, tiles._replace(forward=(128, 2)))
+    assert said == "forward needs 288 KiB of shared memory, of 224, for 2 steps of 128 tokens"
+    assert "multiple of 64 tokens" in hopper.tiles_fit(call, tiles._replace(dq=(96, 2)))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The TPU backend: the suite interpreted on CPU, races and uninitialized memory, compilation for chips."""
 
-import pathlib
 import re
 import subprocess
 import sys
@@ -238,11 +237,7 @@ def compile_one(shapes, form, options, sharding, B=1, T=1024, N=4, K=4):
 
 
 @pytest.fixture
-def compiler(monkeypatch):
-    """libtpu: importable, named by TPU_LIBRARY_PATH, or where `make test` puts it."""
-    installed = pathlib.Path(__file__).parents[2] / ".libtpu" / "libtpu" / "libtpu.so"
-    if tpu_schedule.libtpu() is None and installed.exists():
-        monkeypatch.setenv("TPU_LIBRARY_PATH", str(installed))
+def compiler():
     if tpu_schedule.libtpu() is None:
         pytest.skip("needs libtpu, the TPU compiler: make test installs it")
 

@@ -19,6 +19,12 @@ from blockjax.masks.predicates import Everything, is_concrete
 SHARED_MEMORY = 224 << 10
 """Of the 227 KiB of a multiprocessor, what tiles may take."""
 
+WG_ROWS = 64
+"""Rows of one warpgroup: the M of a `wgmma` instruction."""
+
+WGS = 2
+"""Warpgroups that multiply in a CTA."""
+
 COPY_ROWS = 8
 """The copy engine reads swizzled rows in groups of this many; other lengths are padded to a multiple."""
 
@@ -36,7 +42,7 @@ TILES = {
     192: Tiles((64, 2), (64, 2), (64, 2)),
     256: Tiles((64, 2), (64, 1), (64, 2)),
 }
-"""By the larger head dim; chosen by `tune.py` on an H100."""
+"""By the larger head dim; for 64 and 128 the fastest of a few that were timed on an H100."""
 
 CHOICES = {
     "forward": [(n, s) for n in (64, 128, 192) for s in (2, 3, 4)],
@@ -65,18 +71,32 @@ def default_tiles(spec: Spec) -> Tiles:
 
 def tiles_fit(spec: Spec, tiles: Tiles) -> str | None:
     """A reason why they do not, with the bytes of shared memory that are needed, or None."""
-    held = 2 * 64 * (spec.H + spec.Hv)
     for kernel, (tokens, steps) in tiles._asdict().items():
-        if tokens % 64 or steps < 1:
+        if tokens % WG_ROWS or steps < 1:
             return f"{kernel} needs a multiple of 64 tokens and at least one step, got {tokens} and {steps}"
-        ring = steps * tokens * (spec.H + spec.Hv)
-        most = dict(forward=2 * 64 * max(spec.H, spec.Hv), dq=held, dkv=held)[kernel]
-        if 2 * (ring + most) > SHARED_MEMORY:
+        rows = WG_ROWS if kernel == "dkv" and splits_keys(spec.H, spec.Hv) else WGS * WG_ROWS
+        apart = kernel == "forward" and spec.Hv != spec.H
+        needed = tile_bytes(kernel, tokens * steps, rows, spec.H, spec.Hv, apart)
+        if needed > SHARED_MEMORY:
             return (
-                f"{kernel} needs {2 * (ring + most) / 1024:.0f} KiB of shared memory, of "
+                f"{kernel} needs {needed / 1024:.0f} KiB of shared memory, of "
                 f"{SHARED_MEMORY / 1024:.0f}, for {steps} steps of {tokens} tokens"
             )
     return None
+
+
+def tile_bytes(kernel: str, moving: int, rows: int, H: int, Hv: int, apart: bool) -> int:
+    """Shared memory of a CTA that holds `rows` rows, with `moving` tokens in flight.
+
+    `apart` if results do not take the place of what is held.
+    """
+    held, results = dict(forward=(H, Hv), dq=(H + Hv, H), dkv=(H + Hv, H + Hv))[kernel]
+    return 2 * (moving * (H + Hv) + rows * (held + results * apart))
+
+
+def splits_keys(H: int, Hv: int) -> bool:
+    """Whether the sums dk and dv of 64 keys are too wide for the registers of one warpgroup."""
+    return H + Hv > 256
 
 
 def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: Tiles):

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, WG_ROWS, Rows, Scores, Side, Steps
+from blockjax.kernels.block_sparse_attention.hopper import WG_ROWS, splits_keys
+from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, Rows, Scores, Side, Steps
 from blockjax.kernels.block_sparse_attention.spec import Inputs
 
 from blockjax.masks.predicates import Predicate
@@ -61,8 +62,7 @@ class Call:
 
     @property
     def split_keys(self) -> bool:
-        """Whether the sums dk and dv of 64 keys are too wide for the registers of one warpgroup."""
-        return self.H + self.Hv > 256
+        return splits_keys(self.H, self.Hv)
 
     @property
     def held_keys(self) -> Rows:

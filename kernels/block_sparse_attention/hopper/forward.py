@@ -13,12 +13,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY
+from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call
-from blockjax.kernels.block_sparse_attention.hopper.schedule import Place, QueryTiles, run
+from blockjax.kernels.block_sparse_attention.hopper.schedule import Place, QueryTiles, run, share_out
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
-    WG_ROWS,
     WGMMA,
     Plane,
     Steps,
@@ -53,8 +52,8 @@ def forward(call: Call, operands, steps: Steps):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     rows, H, Hv = call.held, call.H, call.Hv
     tiles, units = QueryTiles(call, steps), rows.units(call.T)
-    ring_bytes = steps.buffers * steps.tokens * (H + Hv) * 2
-    in_place = Hv == H and ring_bytes + 2 * rows.wgs * WG_ROWS * H * 2 > SHARED_MEMORY
+    apart = tile_bytes("forward", steps.buffers * steps.tokens, rows.wgs * WG_ROWS, H, Hv, apart=True)
+    in_place = Hv == H and apart > SHARED_MEMORY
 
     def attention_forward(operands, o_ref, lse_ref, shared):
         wg = lax.axis_index("wg")
@@ -78,34 +77,22 @@ def forward(call: Call, operands, steps: Steps):
                 plgpu.barrier_arrive(shared.free.at[wg])
             return before + place.listed.total
 
-        @pl.when(wg < rows.wgs)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
+        def multiply():
             pass_turn = functools.partial(_pass_turn, rows, shared)
             pl.when(wg == 1)(pass_turn)
             lax.fori_loop(0, tiles.order.count, tile, 0)
             pl.when(wg == 0)(pass_turn)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(wg == rows.wgs)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-            tiles.copy(operands, shared, (operands.q, shared.q))
+        share_out(wg, rows.wgs, multiply, lambda: tiles.copy(operands, shared, (operands.q, shared.q)))
 
-    ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     shared = Shared(
         q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
         o=None if in_place else tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
-        k=tiled((steps.buffers, steps.tokens, H), call.dtype),
-        v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
         lse=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32),
         ready=plgpu.Barrier(num_arrivals=rows.heads, num_barriers=rows.wgs),
         free=plgpu.Barrier(num_barriers=rows.wgs),
-        k_ready=ring(num_arrivals=steps.gathered),
-        v_ready=ring(num_arrivals=steps.gathered),
-        k_free=ring(num_arrivals=rows.wgs),
-        v_free=ring(num_arrivals=rows.wgs),
         turn=plgpu.Barrier(num_arrivals=rows.wgs),
+        **tiles.ring(),
     )
     out = (
         jax.ShapeDtypeStruct((call.B, call.T, call.N, Hv), call.dtype),

@@ -10,18 +10,18 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY
+from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
 from blockjax.kernels.block_sparse_attention.hopper.schedule import (
     Order,
     copy_ring,
     first_token,
     run,
+    share_out,
     visits,
 )
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     COLUMN,
-    WG_ROWS,
     Plane,
     Steps,
     gather,
@@ -70,8 +70,8 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
         rows.units(call.S) * rows.tokens // rows.cta_tokens, call.B * call.K, call.G * call.T * (H + Hv) * 2
     )
     plane = Plane((WG_ROWS, steps.tokens), q_axis=1)
-    tile_bytes = (steps.buffers * steps.tokens + 2 * rows.wgs * WG_ROWS) * (H + Hv) * 2
-    in_place = split or tile_bytes > SHARED_MEMORY
+    apart = tile_bytes("dkv", steps.buffers * steps.tokens, rows.wgs * WG_ROWS, H, Hv, apart=True)
+    in_place = split or apart > SHARED_MEMORY
     # The copy engine writes to multiples of 128 bytes: smaller pieces are read where they are, and slower.
     copied = steps.piece * 4 % 128 == 0
 
@@ -226,23 +226,17 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
 
             return lax.fori_loop(0, call.G, head, before)
 
-        def multiply(**want):
+        def sums(**want):
             lax.fori_loop(0, order.count, functools.partial(tile, **want), 0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(wg < wgs)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
+        def multiply():
             if split:
-                pl.when(wg == 0)(functools.partial(multiply, want_dv=False))
-                pl.when(wg == 1)(functools.partial(multiply, want_dk=False))
+                pl.when(wg == 0)(functools.partial(sums, want_dv=False))
+                pl.when(wg == 1)(functools.partial(sums, want_dk=False))
             else:
-                multiply()
+                sums()
 
-        @pl.when(wg == wgs)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-            lax.fori_loop(0, order.count, copy, 0)
+        share_out(wg, wgs, multiply, lambda: lax.fori_loop(0, order.count, copy, 0))
 
     ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     statistics = plgpu.SMEM((steps.buffers, steps.tokens), jnp.float32) if copied else None

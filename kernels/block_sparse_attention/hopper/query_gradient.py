@@ -13,12 +13,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY
+from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
-from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles, run
+from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles, run, share_out
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
-    WG_ROWS,
     WGMMA,
     Plane,
     Steps,
@@ -55,8 +54,8 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
     tiles, units = QueryTiles(call, steps), rows.units(call.T)
     plane = Plane((WG_ROWS, steps.tokens), q_axis=0)
     bias = operands.slope is not None
-    tile_bytes = (steps.buffers * steps.tokens + rows.wgs * WG_ROWS) * (H + Hv) * 2
-    in_place = bias or tile_bytes + rows.wgs * WG_ROWS * H * 2 > SHARED_MEMORY
+    apart = tile_bytes("dq", steps.buffers * steps.tokens, rows.wgs * WG_ROWS, H, Hv, apart=True)
+    in_place = bias or apart > SHARED_MEMORY
 
     def attention_query_gradient(inputs, dq_ref, dslope_ref, shared):
         operands, cotangents = inputs
@@ -139,31 +138,22 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
                 plgpu.barrier_arrive(shared.free.at[wg])
             return before + listed.total
 
-        @pl.when(wg < rows.wgs)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            lax.fori_loop(0, tiles.order.count, tile, 0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        held = (operands.q, shared.q), (cotangents.do, shared.do)
+        share_out(
+            wg,
+            rows.wgs,
+            lambda: lax.fori_loop(0, tiles.order.count, tile, 0),
+            lambda: tiles.copy(operands, shared, *held),
+        )
 
-        @pl.when(wg == rows.wgs)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-            tiles.copy(operands, shared, (operands.q, shared.q), (cotangents.do, shared.do))
-
-    ring = functools.partial(plgpu.Barrier, num_barriers=steps.buffers)
     shared = Shared(
         q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
         do=tiled((rows.wgs, WG_ROWS, Hv), call.dtype),
-        k=tiled((steps.buffers, steps.tokens, H), call.dtype),
-        v=tiled((steps.buffers, steps.tokens, Hv), call.dtype),
         dq=None if in_place else tiled((rows.wgs, WG_ROWS, H), call.dtype),
         dslope=plgpu.SMEM((rows.wgs, WG_ROWS), jnp.float32) if bias else None,
         ready=plgpu.Barrier(num_arrivals=2 * rows.heads, num_barriers=rows.wgs),
         free=plgpu.Barrier(num_barriers=rows.wgs),
-        k_ready=ring(num_arrivals=steps.gathered),
-        v_ready=ring(num_arrivals=steps.gathered),
-        k_free=ring(num_arrivals=rows.wgs),
-        v_free=ring(num_arrivals=rows.wgs),
+        **tiles.ring(),
     )
     per_row = jax.ShapeDtypeStruct((call.B, call.N // rows.heads, units, WG_ROWS), jnp.float32)
     out = jax.ShapeDtypeStruct((call.B, call.T, call.N, H), call.dtype), per_row if bias else None

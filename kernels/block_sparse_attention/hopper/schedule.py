@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import plan
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Operands
-from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps
+from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps, tiled
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
@@ -49,6 +49,22 @@ def run(kernel: Callable, out, shared, ctas: int, wgs: int, operands):
     # Inside `shard_map` a kernel's results have the type of something that is equal everywhere.
     axes = varying_axes(operands)
     return jax.tree.map(lambda x: vary(x, axes), out)
+
+
+def share_out(wg, wgs: int, multiply: Callable, copy: Callable) -> None:
+    """Runs `multiply` in the first `wgs` warpgroups, and in the last `copy`, which needs few registers."""
+
+    def multiplying():
+        plgpu.set_max_registers(232, action="increase")
+        multiply()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def copying():
+        plgpu.set_max_registers(40, action="decrease")
+        copy()
+
+    pl.when(wg < wgs)(multiplying)
+    pl.when(wg == wgs)(copying)
 
 
 @dataclass(frozen=True)
@@ -219,11 +235,18 @@ class QueryTiles:
         row = lax.div(first, call.bq)
         return Place(batch, head, first, visits(operands.walk, batch, head, row, call.N, self.steps))
 
+    def ring(self) -> dict:
+        """Shared memory for the keys and values in flight, and its barriers, by name."""
+        call, steps = self.call, self.steps
+        ready = plgpu.Barrier(num_arrivals=steps.gathered, num_barriers=steps.buffers)
+        free = plgpu.Barrier(num_arrivals=call.held.wgs, num_barriers=steps.buffers)
+        k, v = (tiled((steps.buffers, steps.tokens, width), call.dtype) for width in (call.H, call.Hv))
+        return dict(k=k, v=v, k_ready=ready, v_ready=ready, k_free=free, v_free=free)
+
     def copy(self, operands: Operands, shared, *held):
         """What the copying warpgroup does; `held` are pairs of a source and its buffers, one a warpgroup.
 
-        Barriers and rings in `shared` are `ready` and `free` of what is held, and `k`, `v`, `k_ready`,
-        `v_ready`, `k_free` and `v_free`.
+        In `shared` are `ready` and `free`, barriers of what is held, and what `ring` made.
         """
         rows, order = self.call.held, self.order
 

@@ -11,17 +11,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention.hopper import WG_ROWS, WGS
 from jax import lax
 
 from blockjax.masks.predicates import And, Causal, Everything, Or, Predicate
 
 LOG2_E = math.log2(math.e)
-
-WG_ROWS = 64
-"""Rows of one warpgroup: the M of a `wgmma` instruction."""
-
-WGS = 2
-"""Warpgroups that multiply in a CTA."""
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
