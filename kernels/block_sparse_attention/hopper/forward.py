@@ -15,11 +15,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call
-from blockjax.kernels.block_sparse_attention.hopper.schedule import Place, QueryTiles, run, share_out
+from blockjax.kernels.block_sparse_attention.hopper.schedule import (
+    Part,
+    Place,
+    QueryTiles,
+    run,
+    share_out,
+    visit_edge,
+)
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
     WGMMA,
     Plane,
+    Reach,
     Steps,
     held_slope,
     held_tokens,
@@ -116,11 +124,12 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg
     """
     batch, listed = place.batch, place.listed
     first, head = call.held.share(wg, place.first, place.head)
-    rows, plane = call.held, Plane((WG_ROWS, steps.tokens), q_axis=0)
+    rows = call.held
     q = shared.q.at[wg]
     mask = call.mask(operands.scalars)
     queries = held_tokens(operands.q_side, rows, batch, first, mask.q_offset)
     slope = held_slope(operands.slope, rows, head)
+    reach = Reach.of(mask, queries, first, rows.tokens)
 
     def await_keys(s):
         plgpu.barrier_wait(shared.k_ready.at[steps.slot(before + s)])
@@ -130,11 +139,17 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg
             plgpu.barrier_arrive(shared.free.at[wg])
 
     def step(s, carry, partial):
+        if not partial:
+            return visit(s, carry, Part(steps), partial)
+        return visit_edge(functools.partial(visit, partial=True), s, carry, listed, reach, mask.kv_offset)
+
+    def visit(s, carry, part: Part, partial):
         acc, top, total = carry
-        slot = steps.slot(before + s)
+        slot, plane = steps.slot(before + s), Plane((WG_ROWS, part.steps.tokens), q_axis=0)
+        k, v = part.rows(shared.k.at[slot]), part.rows(shared.v.at[slot])
 
         def products(acc):
-            plgpu.wgmma(acc, q, shared.k.at[slot].T)
+            plgpu.wgmma(acc, q, k.T)
             _pass_turn(rows, shared)
             return acc[...]
 
@@ -143,14 +158,14 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg
         pl.when(s + 1 == listed.total)(release_queries)
         penalty = None
         if partial or slope is not None:
-            pieces = listed(s)
-            keys = moving_tokens(operands.k_side, steps, pieces, batch, mask.kv_offset)
+            pieces = part.pieces(listed, s)
+            keys = moving_tokens(operands.k_side, part.steps, pieces, batch, mask.kv_offset)
         if slope is not None:
             penalty = plane.of_query(slope) * plane.distance(queries, keys)
         z, c, _ = call.scores(z, penalty)
         if partial:
             limits = None, call.key_limit(steps.gathered)
-            seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limits)
+            seen = plane.visible(mask.predicates, tags(part.steps, pieces), queries, keys, limits)
             z = z if seen is None else jnp.where(seen, z, -jnp.inf)
 
         # `top` is kept times c, so that exp2 takes one fused multiply-add.
@@ -170,7 +185,7 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg
             plgpu.barrier_wait(shared.turn)
 
         def mix(acc):
-            plgpu.wgmma(acc, weights, shared.v.at[slot])
+            plgpu.wgmma(acc, weights, v)
             pl.when(s + 1 < listed.total)(lambda: await_keys(s + 1))
 
         acc = pl.run_state(mix)(plgpu.ACC.init(acc))

@@ -23,6 +23,7 @@ from blockjax.kernels.block_sparse_attention.hopper.schedule import (
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     COLUMN,
     Plane,
+    Reach,
     Steps,
     gather,
     held_tokens,
@@ -117,6 +118,26 @@ def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps:
                         return plgpu.load(ring.at[steps.slot(before + s)], layout=COLUMN, optimized=False)
 
                     def step(s, _, partial):
+                        reach = None
+                        if partial and steps.gathered == 1:
+                            unit, _, _ = listed(s)[0]
+                            reach = Reach.of(mask, operands.q_side, unit * steps.tokens, steps.tokens)
+                        if reach is None:
+                            visit(s, partial)
+                            return
+                        # At the edge of what is seen one warpgroup may have nothing to do.
+                        needed = reach.meets(own + mask.kv_offset, WG_ROWS)
+                        pl.when(needed)(lambda: visit(s, partial))
+                        pl.when(~needed)(lambda: skip(s))
+
+                    def skip(s):
+                        slot = steps.slot(before + s)
+                        plgpu.barrier_wait(shared.q_ready.at[slot])
+                        plgpu.barrier_wait(shared.do_ready.at[slot])
+                        plgpu.barrier_arrive(shared.q_free.at[slot])
+                        plgpu.barrier_arrive(shared.do_free.at[slot])
+
+                    def visit(s, partial):
                         slot = steps.slot(before + s)
                         plgpu.barrier_wait(shared.q_ready.at[slot])
                         lse = statistic(s, cotangents.lse, shared.lse)

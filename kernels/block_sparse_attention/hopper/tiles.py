@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +101,16 @@ class Steps:
     tokens: int
     buffers: int
     block: int
+    margin: int = 0  # around operands that are padded, if not a step
+
+    @property
+    def padding(self) -> int:
+        return self.margin or self.tokens
+
+    @property
+    def half(self) -> "Steps":
+        """Half a step, of the same operands."""
+        return replace(self, tokens=self.tokens // 2, margin=self.padding)
 
     @property
     def gathered(self) -> int:
@@ -115,8 +125,8 @@ class Steps:
 
     def pad(self, x, fill=0):
         """Pads the last axis by a step on both ends: a gathered piece is loaded with what lies around it."""
-        after = self.tokens + -x.shape[-1] % max(self.tokens, self.block)
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(self.tokens, after)], constant_values=fill)
+        after = self.padding + -x.shape[-1] % max(self.tokens, self.block)
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(self.padding, after)], constant_values=fill)
 
 
 class Side(NamedTuple):
@@ -210,7 +220,7 @@ def gather(steps: Steps, pieces: list[tuple], at: Callable):
     """A vector over a step's tokens from global memory padded as by `Steps.pad`; `at` indexes a row of it."""
 
     def load(i, unit):
-        first = pl.ds((unit - i) * steps.piece + steps.tokens, steps.tokens)
+        first = pl.ds((unit - i) * steps.piece + steps.padding, steps.tokens)
         return plgpu.load(at(first), layout=COLUMN, optimized=False)
 
     return _join(steps, [load(i, unit) for i, (unit, _, _) in enumerate(pieces)])
@@ -292,6 +302,31 @@ class Plane:
             return predicate.visible(q, k) & (q >= _LEAST) & (k >= _LEAST)
         first, stop = map(self.of_query, predicate.interval(q.position))
         return (first <= self.of_key(k.position)) & (self.of_key(k.position) < stop)
+
+
+class Reach(NamedTuple):
+    """Of a few consecutive queries: they see no key before `first` and none from `stop` on."""
+
+    first: jax.Array
+    stop: jax.Array
+
+    @staticmethod
+    def of(mask, queries, first, tokens: int) -> "Reach | None":
+        """Of `tokens` queries from index `first` on; None if it cannot be told or has no limit.
+
+        `mask` is a `call.Mask`, and `queries` has their positions if they are given.
+        """
+        predicates, first = mask.predicates, first + mask.q_offset
+        unknown = any(isinstance(x, Everything) or x.interval(0) is None for x in predicates)
+        if unknown or queries.positions is not None:
+            return None
+        firsts = [x.interval(first)[0] for x in predicates]
+        stops = [x.interval(first + tokens - 1)[1] for x in predicates]
+        return Reach(functools.reduce(jnp.minimum, firsts), functools.reduce(jnp.maximum, stops))
+
+    def meets(self, first, tokens: int):
+        """Whether some of the `tokens` keys from position `first` on may be seen."""
+        return (first < self.stop) & (first + tokens > self.first)
 
 
 def _all(*conditions):
