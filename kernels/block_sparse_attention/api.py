@@ -16,11 +16,8 @@ from blockjax import partials
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Ranges
 
-BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference, "hopper": hopper}
-"""Fastest first: `implementation=None` takes the first that supports the call.
-
-Hopper is last, so that it runs by its name only, until its suite has passed on the chip as it stands.
-"""
+BACKENDS = {"hopper": hopper, "tpu": tpu, "xla": xla, "reference": reference}
+"""Fastest first: `implementation=None` takes the first that supports the call."""
 
 
 @jax.tree_util.register_dataclass

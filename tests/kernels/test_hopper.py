@@ -121,7 +121,6 @@ def test_tiles_that_do_not_fit_are_refused_with_the_bytes():
 @pytest.fixture
 def for_hopper(monkeypatch):
     monkeypatch.setattr(api, "target", lambda: H100)
-    monkeypatch.setattr(api, "BACKENDS", {"hopper": hopper, **api.BACKENDS})
 
 
 def lowered(f, *args) -> str:
