@@ -1,8 +1,10 @@
 """The Hopper backend: what it refuses, lowering without a GPU, and the suite on one (`make test-gpu`)."""
 
+import contextlib
 import functools
 import itertools
 import re
+import unittest.mock
 from typing import ClassVar
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blockjax.kernels.block_sparse_attention import DistanceBias, api, block_sparse_attention, check, hopper
+from blockjax.kernels.block_sparse_attention.hopper import schedule
 from blockjax.kernels.block_sparse_attention.spec import Spec
 from blockjax.kernels.platforms import Target
 
@@ -196,6 +199,15 @@ def test_lowers_under_vmap_and_remat():
     assert kernels(lowered(gradients(jax.vmap(one)), *qkv, do)) == 3
 
 
+@contextlib.contextmanager
+def waves(n):
+    """CTAs serve several tiles each in calls that keep the chip busy for this long."""
+    jax.clear_caches()
+    with unittest.mock.patch.object(schedule, "WAVES", n):
+        yield
+    jax.clear_caches()
+
+
 @pytest.mark.gpu
 class TestHopper(AttentionSuite):
     """Against plain XLA in the same dtype: see `check.py` for the criterion."""
@@ -203,8 +215,13 @@ class TestHopper(AttentionSuite):
     implementation = "hopper"
     shapes: ClassVar = dict(H=64, Hv=64, dtype="bfloat16")
 
-    # What is run is what users run.
-    quick_compiles = None
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def quick_compiles(cls):
+        """What is compiled is what users run, as in large calls: a CTA serves several tiles."""
+        with waves(0):
+            yield
+
     # No float64; blocks of any size are not served, and those that are come below.
     test_float64 = test_finite_differences = test_block_size_does_not_matter = test_random_lists = None
 
@@ -264,6 +281,12 @@ class TestHopper(AttentionSuite):
             inputs,
             cotangents,
         )
+
+    @pytest.mark.parametrize("H", [128, 256])
+    @pytest.mark.parametrize("name", ["causal-ragged", "or", "lists-query-heads"])
+    def test_one_tile_a_cta(self, name, H):
+        with waves(1 << 20):
+            self.compare(MASKS[name](), shapes=dict(H=H, Hv=H))
 
     @pytest.mark.parametrize("T", [1, 7, 8, 63, 129, 1000])
     def test_ragged_lengths(self, T):

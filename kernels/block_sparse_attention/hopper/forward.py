@@ -70,8 +70,14 @@ def forward(call: Call, operands, steps: Steps):
             place = tiles.place(operands, turn)
             first, head = rows.share(wg, place.first, place.head)
             lse, o = shared.lse.at[wg], (shared.q if in_place else shared.o).at[wg]
+            # Turns begin and end with a tile. Waiting for the other's next one would be waiting for ever: it
+            # is not copied before both have let go of this one.
+            taking_turns = (rows.wgs > 1) & (place.listed.total > 0)
+
             plgpu.barrier_wait(shared.ready.at[wg])
+            pl.when(taking_turns & (wg == 1))(lambda: _pass_turn(rows, shared))
             mixed, sums = _attend(call, operands, shared, steps, place, wg, before)
+            pl.when(taking_turns & (wg == 0))(lambda: plgpu.barrier_arrive(shared.turn))
             # The output of the turn before has left its buffer long ago.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o[...], lse[...] = mixed.astype(call.dtype), sums
@@ -83,15 +89,15 @@ def forward(call: Call, operands, steps: Steps):
             if in_place:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(shared.free.at[wg])
+            pl.when(taking_turns & (wg == 0))(lambda: plgpu.barrier_wait(shared.turn))
             return before + place.listed.total
 
-        def multiply():
-            pass_turn = functools.partial(_pass_turn, rows, shared)
-            pl.when(wg == 1)(pass_turn)
-            lax.fori_loop(0, tiles.order.count, tile, 0)
-            pl.when(wg == 0)(pass_turn)
-
-        share_out(wg, rows.wgs, multiply, lambda: tiles.copy(operands, shared, (operands.q, shared.q)))
+        share_out(
+            wg,
+            rows.wgs,
+            lambda: lax.fori_loop(0, tiles.order.count, tile, 0),
+            lambda: tiles.copy(operands, shared, (operands.q, shared.q)),
+        )
 
     shared = Shared(
         q=tiled((rows.wgs, WG_ROWS, H), call.dtype),
