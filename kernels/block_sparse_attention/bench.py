@@ -135,8 +135,13 @@ def measure(case: Case, rounds: int, calls: int) -> dict:
         if (reason := missing(name)) is not None:
             print(f"{name} is left out: {reason}")
             continue
-        runners[name] = PEERS[name](mask, segments, arrays)
-        check(case, name, runners["ours"], runners[name])
+        peer = PEERS[name](mask, segments, arrays)
+        try:
+            check(case, name, runners["ours"], peer)
+        except (ValueError, RuntimeError) as error:
+            print(f"{name} is left out: {str(error).splitlines()[0]}")
+            continue
+        runners[name] = peer
     forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
     both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
     flops = 4 * case.B * case.N * case.H * float(mask.visible_pairs())

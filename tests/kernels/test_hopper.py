@@ -79,6 +79,7 @@ LOWERED = {
     "float16": (dict(dtype="float16"), lists(2), (), ("segments", "soft_cap", "bias")),
     "gathered 16": (dict(), lists(4, bq=64, bk=16, predicate=Causal()), (), ("segments",)),
     "gathered 32": (dict(H=64), lists(2, bk=32, predicate=Causal()), (), ("positions", "bias")),
+    "gathered queries": (dict(H=64, Hv=128), lists(4, bq=16, bk=16), (), ("segments", "bias", "soft_cap")),
     "packed 16": (dict(), lists(1, bq=16, predicate=Causal()), (), ("bias",)),
     "packed 32": (dict(K=4), lists(1, bq=32, bk=64, predicate=Causal()), (), ("segments", "positions")),
     "small a head, ragged": (
@@ -143,10 +144,8 @@ def arguments(mask, B=2, N=4, K=2, H=128, Hv=None, dtype="bfloat16"):
     return (q, k, v, floats[0]), (do, floats[1])
 
 
-@pytest.mark.usefixtures("for_hopper")
-@pytest.mark.parametrize("name", LOWERED)
-def test_lowers(name):
-    shapes, mask, traced, options = LOWERED[name]
+def lowered_kernels(shapes, mask, traced, options) -> int:
+    """How many kernels a call and its gradients are lowered to."""
     inputs, cotangents = arguments(jax.eval_shape(mask, *traced) if traced else mask, **shapes)
 
     def f(inputs, cotangents, ids, traced):
@@ -169,7 +168,23 @@ def test_lowers(name):
         return out, pullback(cotangents)
 
     ids = [jax.ShapeDtypeStruct(x.shape[:2], "int32") for x in inputs[:2]]
-    assert kernels(lowered(f, inputs, cotangents, ids, traced)) == 3
+    return kernels(lowered(f, inputs, cotangents, ids, traced))
+
+
+@pytest.mark.usefixtures("for_hopper")
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers(name):
+    assert lowered_kernels(*LOWERED[name]) == 3
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("for_hopper")
+@pytest.mark.parametrize("options", [*itertools.product((False, True), repeat=4)], ids=str)
+@pytest.mark.parametrize("name", ["64 ranges", "packed 16", "gathered queries", "or", "function"])
+def test_lowers_with_any_options(name, options):
+    """A vector that only some options use leaves the others without a layout."""
+    named = itertools.compress(("segments", "positions", "bias", "soft_cap"), options)
+    assert lowered_kernels(*LOWERED[name][:3], tuple(named)) == 3
 
 
 @pytest.mark.usefixtures("for_hopper")

@@ -7,6 +7,7 @@ tensor cores to and fro, so that the softmax of one hides behind the products of
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,11 @@ import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call
 from blockjax.kernels.block_sparse_attention.hopper.schedule import (
-    Part,
     Place,
     QueryTiles,
+    Visits,
     run,
     share_out,
-    visit_edge,
 )
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
@@ -123,6 +123,43 @@ def _pass_turn(rows, shared: Shared):
         plgpu.barrier_wait(shared.turn)
 
 
+class _Part(NamedTuple):
+    """Of a step: all of it, or half number `which`."""
+
+    steps: Steps
+    which: jax.Array | None = None
+
+    def rows(self, tile):
+        """Of a tile of keys or values in shared memory."""
+        n = self.steps.tokens
+        return tile if self.which is None else tile.at[pl.ds(self.which * n, n)]
+
+    def pieces(self, listed: Visits, s) -> list[tuple]:
+        if self.which is None:
+            return listed(s)
+        ((unit, tag, _),) = listed(s)
+        return [(2 * unit + self.which, tag, None)]
+
+
+def _visit_edge(visit: Callable, s, carry, listed: Visits, reach, kv_offset):
+    """`visit(s, carry, part)` of a step in which a warpgroup may need only half of a tile.
+
+    `reach` says which keys its queries may see, None if that is not known.
+    """
+    steps = listed.steps
+    if reach is None or steps.gathered > 1 or steps.tokens < 2 * WG_ROWS:
+        return visit(s, carry, _Part(steps))
+    half, (unit, _, _) = steps.half, listed(s)[0]
+    first = unit * steps.tokens + kv_offset
+    low, high = (reach.meets(first + i * half.tokens, half.tokens) for i in range(2))
+    return lax.cond(
+        low & high,
+        lambda carry: visit(s, carry, _Part(steps)),
+        lambda carry: visit(s, carry, _Part(half, jnp.where(low, 0, 1))),
+        carry,
+    )
+
+
 def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg, before):
     """`o` [64, Hv] and `lse` [64] float32 of a warpgroup's rows; `before` steps have gone through the rings.
 
@@ -146,10 +183,10 @@ def _attend(call: Call, operands, shared: Shared, steps: Steps, place: Place, wg
 
     def step(s, carry, partial):
         if not partial:
-            return visit(s, carry, Part(steps), partial)
-        return visit_edge(functools.partial(visit, partial=True), s, carry, listed, reach, mask.kv_offset)
+            return visit(s, carry, _Part(steps), partial)
+        return _visit_edge(functools.partial(visit, partial=True), s, carry, listed, reach, mask.kv_offset)
 
-    def visit(s, carry, part: Part, partial):
+    def visit(s, carry, part: _Part, partial):
         acc, top, total = carry
         slot, plane = steps.slot(before + s), Plane((WG_ROWS, part.steps.tokens), q_axis=0)
         k, v = part.rows(shared.k.at[slot]), part.rows(shared.v.at[slot])

@@ -15,18 +15,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
-from blockjax.kernels.block_sparse_attention.hopper.schedule import (
-    Part,
-    QueryTiles,
-    run,
-    share_out,
-    visit_edge,
-)
+from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles, run, share_out
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
     WGMMA,
     Plane,
-    Reach,
     Steps,
     held_slope,
     held_tokens,
@@ -59,6 +52,7 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
     """`dq` [B, T, N, H] in q's dtype, and the gradient of each row's slope [B, N, T] if there is a bias."""
     rows, H, Hv = call.held, call.H, call.Hv
     tiles, units = QueryTiles(call, steps), rows.units(call.T)
+    plane = Plane((WG_ROWS, steps.tokens), q_axis=0)
     bias = operands.slope is not None
     apart = tile_bytes("dq", steps.buffers * steps.tokens, rows.wgs * WG_ROWS, H, Hv, apart=True)
     in_place = bias or apart > SHARED_MEMORY
@@ -84,24 +78,15 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
                 if not in_place:
                     plgpu.barrier_arrive(shared.free.at[wg])
 
-            reach = None if bias else Reach.of(mask, queries, first, rows.tokens)
-
             def step(s, carry, partial):
-                if not partial:
-                    return visit(s, carry, Part(steps), partial)
-                visit_partial = functools.partial(visit, partial=True)
-                return visit_edge(visit_partial, s, carry, listed, reach, mask.kv_offset)
-
-            def visit(s, carry, part: Part, partial):
                 acc, dslope = carry
-                slot, plane = steps.slot(before + s), Plane((WG_ROWS, part.steps.tokens), q_axis=0)
-                k, v = part.rows(shared.k.at[slot]), part.rows(shared.v.at[slot])
+                slot = steps.slot(before + s)
                 plgpu.barrier_wait(shared.k_ready.at[slot])
 
                 def products(z, dp):
-                    plgpu.wgmma(z, q, k.T)
+                    plgpu.wgmma(z, q, shared.k.at[slot].T)
                     plgpu.barrier_wait(shared.v_ready.at[slot])
-                    plgpu.wgmma(dp, do, v.T)
+                    plgpu.wgmma(dp, do, shared.v.at[slot].T)
                     return plgpu.wgmma_accumulator_load(z, wait_n=1), dp[...]
 
                 z, dp = pl.run_scoped(products, *[plgpu.ACC(plane.shape, jnp.float32)] * 2)
@@ -109,8 +94,8 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
                 pl.when(s + 1 == listed.total)(release)
                 penalty = None
                 if partial or slope is not None:
-                    pieces = part.pieces(listed, s)
-                    keys = moving_tokens(operands.k_side, part.steps, pieces, batch, mask.kv_offset)
+                    pieces = listed(s)
+                    keys = moving_tokens(operands.k_side, steps, pieces, batch, mask.kv_offset)
                 if slope is not None:
                     distance = plane.distance(queries, keys)
                     penalty = plane.of_query(slope) * distance
@@ -118,13 +103,13 @@ def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps
                 p = jnp.exp2(z * c - plane.of_query(lse))
                 if partial:
                     limits = None, call.key_limit(steps.gathered)
-                    seen = plane.visible(mask.predicates, tags(part.steps, pieces), queries, keys, limits)
+                    seen = plane.visible(mask.predicates, tags(steps, pieces), queries, keys, limits)
                     p = p if seen is None else jnp.where(seen, p, 0.0)
                 dz = p * (dp - plane.of_query(delta))
                 if slope is not None:
                     dslope -= jnp.sum(dz * distance, axis=1)
                 dz = (dz if dcap is None else dz * dcap).astype(call.dtype)
-                acc = pl.run_state(lambda acc: plgpu.wgmma(acc, dz, k))(plgpu.ACC.init(acc))
+                acc = pl.run_state(lambda acc: plgpu.wgmma(acc, dz, shared.k.at[slot]))(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(shared.k_free.at[slot])
                 return acc, dslope
 

@@ -14,7 +14,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.hopper import WG_ROWS
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, Operands
 from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps, tiled
 from blockjax.kernels.platforms import vary, varying_axes
@@ -139,43 +138,6 @@ class Visits(NamedTuple):
             e = s * n + i - (self.total * n - self.blocks)
             pieces.append((*self.entry(jnp.maximum(e, 0)), e >= 0))
         return pieces
-
-
-class Part(NamedTuple):
-    """Of a step: all of it, or half number `which`."""
-
-    steps: Steps
-    which: jax.Array | None = None
-
-    def rows(self, tile):
-        """Of a tile of keys or values in shared memory."""
-        n = self.steps.tokens
-        return tile if self.which is None else tile.at[pl.ds(self.which * n, n)]
-
-    def pieces(self, listed: Visits, s) -> list[tuple]:
-        if self.which is None:
-            return listed(s)
-        ((unit, tag, _),) = listed(s)
-        return [(2 * unit + self.which, tag, None)]
-
-
-def visit_edge(visit: Callable, s, carry, listed: Visits, reach, kv_offset):
-    """`visit(s, carry, part)` of a step in which a warpgroup may need only half of a tile.
-
-    `reach` says which keys its queries may see, None if that is not known.
-    """
-    steps = listed.steps
-    if reach is None or steps.gathered > 1 or steps.tokens < 2 * WG_ROWS:
-        return visit(s, carry, Part(steps))
-    half, (unit, _, _) = steps.half, listed(s)[0]
-    first = unit * steps.tokens + kv_offset
-    low, high = (reach.meets(first + i * half.tokens, half.tokens) for i in range(2))
-    return lax.cond(
-        low & high,
-        lambda carry: visit(s, carry, Part(steps)),
-        lambda carry: visit(s, carry, Part(half, jnp.where(low, 0, 1))),
-        carry,
-    )
 
 
 def visits(walk: plan.Walk, batch, head, row, heads: int, steps: Steps) -> Visits:

@@ -149,15 +149,15 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Vectors over the tokens of one side of a tile; what can be counted is made where it is asked for.
+    """Functions that give vectors over the tokens of one side of a tile, or None for what is not given.
 
-    The compiler finds no layout for a vector that nobody uses.
+    Each is called where its vector is used: the compiler finds no layout for one that nobody uses.
     """
 
     make_index: Callable
     offset: Any
-    positions: jax.Array | None
-    ids: jax.Array | None
+    positions: Callable | None
+    ids: Callable | None
 
     @property
     def index(self) -> jax.Array:
@@ -165,7 +165,7 @@ class Tokens:
 
     @property
     def position(self) -> jax.Array:
-        return self.index + self.offset if self.positions is None else self.positions
+        return self.index + self.offset if self.positions is None else self.positions()
 
 
 _LEAST = -(2**31)
@@ -185,7 +185,8 @@ def held_tokens(side: Side, rows: Rows, batch, first, offset) -> Tokens:
         if ref is None:
             return None
         where = ref.at[0 if ref.shape[0] == 1 else batch, 0, lax.div(first, rows.tokens)]
-        return plgpu.load(where, layout=ROW, optimized=False)
+        loaded = plgpu.load(where, layout=ROW, optimized=False)
+        return lambda: loaded  # once for all steps
 
     return Tokens(index, offset, *map(load, side))
 
@@ -211,7 +212,8 @@ def moving_tokens(side: Side, steps: Steps, pieces: list[tuple], batch, offset) 
     def load(ref):
         if ref is None:
             return None
-        return gather(steps, pieces, lambda first: ref.at[0 if ref.shape[0] == 1 else batch, first])
+        batched = 0 if ref.shape[0] == 1 else batch
+        return functools.cache(lambda: gather(steps, pieces, lambda first: ref.at[batched, first]))
 
     return Tokens(index, offset, *map(load, side))
 
@@ -279,8 +281,8 @@ class Plane:
         )
         if q.ids is None:
             return seen
-        ids = self.of_query(q.ids)
-        return _all(seen, ids == self.of_key(k.ids), ids >= 0)
+        ids = self.of_query(q.ids())
+        return _all(seen, ids == self.of_key(k.ids()), ids >= 0)
 
     def distance(self, q: Tokens, k: Tokens):
         return jnp.abs(self.of_query(q.position) - self.of_key(k.position)).astype(jnp.float32)
