@@ -41,7 +41,7 @@ def dense(implementation: str) -> Callable:
 
     def make(mask: BlockMask, segments, arrays) -> Runner:
         predicate = mask.predicates[0]
-        window = (predicate.left - 1, 0) if isinstance(predicate, Window) else None
+        window = (int(predicate.left) - 1, 0) if isinstance(predicate, Window) else None
         visible = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
 
         def attend(q, k, v):
