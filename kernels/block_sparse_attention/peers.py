@@ -67,7 +67,7 @@ def flex(mask: BlockMask, segments, arrays) -> Runner:
     tags = np.asarray(mask.tags())
     partial, full = lists((tags > 0) & (tags < FULL_TAG)), lists(tags >= FULL_TAG)
     predicate = mask.predicates[0]
-    left = predicate.left if isinstance(predicate, Window) else None
+    left = int(predicate.left) if isinstance(predicate, Window) else None
 
     def visible(b, h, i, j):
         return (j <= i) if left is None else (j <= i) & (i - j < left)

@@ -17,6 +17,7 @@ from blockjax.kernels.block_sparse_attention.spec import Spec
 from blockjax.kernels.platforms import Target
 
 from blockjax.masks import BlockMask, Causal, Window
+from blockjax.models.transformer import REMAT
 from tests.kernels.block_sparse_attention_suite import (
     MASKS,
     AttentionSuite,
@@ -212,6 +213,17 @@ def test_lowers_under_vmap_and_remat():
     (*qkv, _), (do, _) = arguments(mask)
     one = jax.remat(lambda *x: block_sparse_attention(*(a[None] for a in x), mask)[0])
     assert kernels(lowered(gradients(jax.vmap(one)), *qkv, do)) == 3
+
+
+@pytest.mark.usefixtures("for_hopper")
+@pytest.mark.parametrize(("policy", "launches"), [("full", 4), ("dots", 3)])
+def test_what_remat_keeps_is_not_computed_again(policy, launches):
+    """Launches of forward, dQ and dK/dV, the forward twice if its results are not kept."""
+    mask = lists(4, predicate=Causal())
+    (*qkv, _), _ = arguments(mask)
+    attend = REMAT[policy](lambda *x: block_sparse_attention(*x, mask))
+    loss = jax.value_and_grad(lambda *x: jnp.sum(attend(*x).astype("float32") ** 2), (0, 1, 2))
+    assert kernels(lowered(loss, *qkv)) == launches
 
 
 @contextlib.contextmanager
