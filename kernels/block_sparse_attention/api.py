@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention import hopper, reference, tpu, xla
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, Tiles
+from blockjax.kernels.block_sparse_attention.passes import attend
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Options, Spec, Tiles
 from blockjax.kernels.block_sparse_attention.tuning import choose_tiles
 from blockjax.kernels.platforms import target
 from jaxtyping import Array, Float, Int
@@ -95,7 +96,8 @@ def block_sparse_attention(
     backend = BACKENDS[name]
     tiles = choose_tiles(name, backend, spec, mask, config)
     scale = H**-0.5 if scale is None else scale
-    o, lse = backend.attention(inputs, scale=scale, soft_cap=soft_cap, tiles=tiles)
+    call = functools.partial(attend, backend) if hasattr(backend, "backward_pass") else backend.forward_pass
+    o, lse = call(inputs, Options(scale, soft_cap, tiles))
     if sinks is not None:
         o, lse = _merge_sinks(o, lse, sinks)
     return (o, lse) if return_lse else o

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec
+from blockjax.kernels.block_sparse_attention.spec import Inputs, Options, Spec
 
 
 def supports(spec: Spec) -> str | None:
@@ -13,10 +13,10 @@ def default_tiles(spec: Spec) -> None:
     """There is nothing to choose."""
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: None = None):
+def forward_pass(inputs: Inputs, options: Options):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T], computed in float32 (float64 stays float64).
 
-    Ignores the promise that a tile is full and tests its predicates.
+    Ignores the promise that a tile is full and tests its predicates. Its gradient is JAX's own.
     """
     q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (inputs.q, inputs.k, inputs.v))
     G = q.shape[2] // k.shape[2]
@@ -24,8 +24,8 @@ def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: No
     v = jnp.repeat(v, G, axis=2)
     pq, pk = positions(inputs)
 
-    z = scale * jnp.einsum("BTNH,BSNH->BNTS", q, k)
-    s = z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+    z = options.scale * jnp.einsum("BTNH,BSNH->BNTS", q, k)
+    s = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
     if inputs.slope is not None:
         distance = jnp.abs(pq[:, None, :, None] - pk[:, None, None, :])
         s = s - inputs.slope[:, None, None] * distance

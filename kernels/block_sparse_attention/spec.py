@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.platforms import Target
-from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.masks import BlockMask
 
@@ -67,7 +66,31 @@ class Inputs(NamedTuple):
     kv_positions: jax.Array | None = None
 
 
-def residuals(inputs: Inputs, o: jax.Array, lse: jax.Array) -> tuple[Inputs, jax.Array, jax.Array]:
-    """What a backend's forward keeps for its backward, named `RESIDUAL`."""
-    q, k, v, o, lse = (checkpoint_name(x, RESIDUAL) for x in (*inputs[:3], o, lse))
-    return inputs._replace(q=q, k=k, v=v), o, lse
+class Options(NamedTuple):
+    """What a pass needs besides its arrays; `tiles` is None for a backend that has nothing to choose."""
+
+    scale: float
+    soft_cap: float | None
+    tiles: Tiles | None
+
+
+class Cotangents(NamedTuple):
+    """What a backward pass starts from.
+
+    `do` [B, T, N, Hv] in q's dtype; float32 [B, N, T]: `lse`, natural log, -inf where a row saw nothing, and
+    `delta = sum(do o) - dlse`. If `lse` and `delta` are those of a softmax over more keys than the pass has,
+    its gradients are these keys' share, and shares add up.
+    """
+
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+class Gradients(NamedTuple):
+    """Of q, k and v in their dtypes, and of `slope` [N] float32, None without one."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    slope: jax.Array | None

@@ -10,13 +10,12 @@ every query head counts as its own key head (K = N, G = 1) and its blocks are ga
 Source of the formulas: FlashAttention-2, arXiv:2307.08691; dlse enters as delta = sum(do o) - dlse.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, residuals
+from blockjax.kernels.block_sparse_attention.spec import Cotangents, Gradients, Inputs, Options, Spec
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
@@ -34,18 +33,9 @@ def default_tiles(spec: Spec) -> None:
     """There is nothing to choose."""
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: None = None):
+def forward_pass(inputs: Inputs, options: Options):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
-    axes = varying_axes(inputs)
-    return _attend(_Scores(scale, soft_cap), jax.tree.map(lambda x: vary(x, axes), inputs))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scores: "_Scores", inputs: Inputs):
-    return _forward(scores, inputs)[0]
-
-
-def _forward(scores, inputs):
+    scores = _Scores(options.scale, options.soft_cap)
     tiles = _Tiles(inputs)
     q = tiles.to_rows(inputs.q)
     slope = tiles.per_head(inputs.slope)
@@ -75,18 +65,16 @@ def _forward(scores, inputs):
 
     _, (o, lse) = lax.scan(row, None, (tiles.where, q))
     lse = tiles.from_rows(lse[..., None])[..., 0].swapaxes(1, 2)
-    inputs, o, lse = residuals(inputs, tiles.from_rows(o), lse)
-    return (o, lse), (inputs, o, lse)
+    return tiles.from_rows(o), lse
 
 
-def _backward(scores, kept, cotangents):
-    inputs, o, lse = kept
-    do, dlse = cotangents
+def backward_pass(inputs: Inputs, cotangents: Cotangents, options: Options) -> Gradients:
+    scores = _Scores(options.scale, options.soft_cap)
+    do, lse, delta = cotangents
     tiles = _Tiles(inputs)
-    wide = jnp.promote_types(o.dtype, jnp.float32)
+    wide = jnp.promote_types(do.dtype, jnp.float32)
     # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    delta = jnp.sum(do.astype(wide) * o.astype(wide), -1).swapaxes(1, 2) - dlse
     lse, delta = (
         tiles.to_rows(x.swapaxes(1, 2)[..., None], pad)[..., 0] for x, pad in ((lse, jnp.inf), (delta, 0))
     )
@@ -116,18 +104,12 @@ def _backward(scores, kept, cotangents):
     dslope = None if slope is None else jnp.zeros(slope.shape, wide)
     xs = (tiles.where, tiles.to_rows(inputs.q), tiles.to_rows(do), lse, delta)
     (dk, dv, dslope), dq = lax.scan(row, tiles.alike((dk, dv, dslope)), xs)
-    return (
-        Inputs(
-            q=tiles.from_rows(dq),
-            k=tiles.from_blocks(scores.scale * dk).astype(inputs.k.dtype),
-            v=tiles.from_blocks(dv).astype(inputs.v.dtype),
-            mask=None,
-            slope=None if slope is None else dslope.reshape(-1),
-        ),
+    return Gradients(
+        q=tiles.from_rows(dq),
+        k=tiles.from_blocks(scores.scale * dk).astype(inputs.k.dtype),
+        v=tiles.from_blocks(dv).astype(inputs.v.dtype),
+        slope=None if slope is None else dslope.reshape(-1),
     )
-
-
-_attend.defvjp(_forward, _backward)
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ def used(monkeypatch):
     """Tiles of the calls to a backend that has a choice; steps of more than 4 do not fit."""
     used = []
 
-    def attention(inputs, *, scale, soft_cap, tiles):
-        used.append(tiles)
-        return reference.attention(inputs, scale=scale, soft_cap=soft_cap)
+    def forward_pass(inputs, options):
+        used.append(options.tiles)
+        return reference.forward_pass(inputs, options)
 
     backend = types.SimpleNamespace(
         supports=lambda spec: None,
         default_tiles=lambda spec: TABLE,
         tiles_fit=lambda spec, tiles: "too many steps" if max(x[1] for x in tiles) > 4 else None,
-        attention=attention,
+        forward_pass=forward_pass,
         CHOICES=dict(forward=[(64, 4), (64, 9)], dq=[(64, 2)], dkv=[(64, 2)]),
     )
     monkeypatch.setattr(api, "BACKENDS", {"fast": backend})
@@ -82,13 +82,13 @@ def test_tuning_writes_what_later_calls_use(used, tmp_path, monkeypatch, capsys)
 
 
 def test_a_wrong_kernel_is_never_the_fastest(used, tmp_path, monkeypatch, capsys):
-    right = api.BACKENDS["fast"].attention
+    right = api.BACKENDS["fast"].forward_pass
 
-    def attention(inputs, *, scale, soft_cap, tiles):
-        o, lse = right(inputs, scale=scale, soft_cap=soft_cap, tiles=tiles)
-        return o * (1.1 if tiles.forward == (64, 4) else 1), lse
+    def forward_pass(inputs, options):
+        o, lse = right(inputs, options)
+        return o * (1.1 if options.tiles.forward == (64, 4) else 1), lse
 
-    monkeypatch.setattr(api.BACKENDS["fast"], "attention", attention)
+    monkeypatch.setattr(api.BACKENDS["fast"], "forward_pass", forward_pass)
     tune.main(f"--T 64 --N 2 --K 2 --H 8 --block 16 --dtype float32 --out {tmp_path / 'out.json'}".split())
     assert "wrong" in capsys.readouterr().out
     (entry,) = json.loads((tmp_path / "out.json").read_text()).values()

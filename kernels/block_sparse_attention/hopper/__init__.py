@@ -1,20 +1,17 @@
-"""NVIDIA Hopper through Pallas Mosaic GPU: what it serves, its tiles, and its gradient.
+"""NVIDIA Hopper through Pallas Mosaic GPU: what it serves, its tiles, and its two passes.
 
 The kernels import Mosaic GPU, which this module does only when it is called.
 """
 
 import functools
 import re
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, Tiles, residuals
-from blockjax.kernels.platforms import vary, varying_axes
+from blockjax.kernels.block_sparse_attention.spec import Cotangents, Gradients, Inputs, Options, Spec, Tiles
 
 from blockjax.masks import Ranges
-from blockjax.masks.predicates import Everything, is_concrete
+from blockjax.masks.predicates import Everything
 
 SHARED_MEMORY = 224 << 10
 """Of the 227 KiB of a multiprocessor, what tiles may take."""
@@ -99,98 +96,59 @@ def splits_keys(H: int, Hv: int) -> bool:
     return H + Hv > 256
 
 
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: Tiles):
+def forward_pass(inputs: Inputs, options: Options):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
+    from blockjax.kernels.block_sparse_attention.hopper.forward import forward
+    from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps
+
+    T = inputs.q.shape[1]
+    call, operands = _prepare(inputs, options)
+    steps = Steps(*options.tiles.forward, call.bk)
+    o, lse = forward(call, operands(steps), steps)
+    return o[:, :T], lse[..., :T]
+
+
+def backward_pass(inputs: Inputs, cotangents: Cotangents, options: Options) -> Gradients:
+    from blockjax.kernels.block_sparse_attention.hopper.call import LaidCotangents
+    from blockjax.kernels.block_sparse_attention.hopper.key_gradients import key_gradients
+    from blockjax.kernels.block_sparse_attention.hopper.query_gradient import query_gradient
+    from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, Steps
+
+    (_, T, *_), (_, S, *_) = inputs.q.shape, inputs.k.shape
+    call, operands = _prepare(inputs, options)
+    do, lse, delta = cotangents
+    do = _whole(do)
+    # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
+
+    steps = Steps(*options.tiles.dq, call.bk)
+    held = LaidCotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
+    dq, dslope = query_gradient(call, operands(steps), held, steps)
+
+    steps = Steps(*options.tiles.dkv, call.bq)
+    moving = LaidCotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
+    dk, dv = key_gradients(call, operands(steps, transposed=True), moving, steps)
+    if dslope is not None:
+        dslope = dslope.sum((0, 2))
+    return Gradients(dq[:, :T], dk[:, :S], dv[:, :S], dslope)
+
+
+def _prepare(inputs: Inputs, options: Options):
+    """The call, and a function that gives a kernel's operands from its steps."""
+    from blockjax.kernels.block_sparse_attention.hopper.call import Call, operands
+
     mask = inputs.mask
     if isinstance(mask, Ranges):
         # Nothing is stored, so the finest tiles are free.
         inputs = inputs._replace(mask=replace(mask, bq=min(mask.bq, TILE), bk=min(mask.bk, TILE)))
-    if inputs.slope is None and all(isinstance(x, Everything) for x in inputs.mask.predicates):
+    if inputs.slope is None and all(isinstance(x, Everything) for x in mask.predicates):
         # Nothing asks where tokens are, and the compiler finds no layout for what nobody uses.
         inputs = inputs._replace(q_positions=None, kv_positions=None)
-    T = inputs.q.shape[1]
     inputs = inputs._replace(q=_whole(inputs.q), k=_whole(inputs.k), v=_whole(inputs.v))
-    leaves, tree = jax.tree.flatten(inputs.mask)
-    known = tuple(x if is_concrete(x) else None for x in leaves)
-    traced = tuple(x for x in leaves if not is_concrete(x))
-    inputs = inputs._replace(mask=traced)
-    axes = varying_axes(inputs)
-    o, lse = _attend(
-        _Static(scale, soft_cap, tiles, tree, known),
-        jax.tree.map(lambda x: vary(jnp.asarray(x), axes), inputs),
-    )
-    return o[:, :T], lse[..., :T]
+    call = Call.of(inputs, options.scale, options.soft_cap)
+    return call, functools.partial(operands, call, inputs)
 
 
 def _whole(x):
     """Padded along the tokens, which is a copy, where the copy engine cannot take them as they are."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % COPY_ROWS), (0, 0), (0, 0)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Static:
-    """What a call knows while it is traced; with the known leaves of the mask, whose walks are constants."""
-
-    scale: float
-    soft_cap: float | None
-    tiles: Tiles
-    tree: Any
-    known: tuple
-
-    def whole(self, inputs: Inputs) -> Inputs:
-        """With the mask put together again."""
-        traced = iter(inputs.mask)
-        leaves = [next(traced) if x is None else x for x in self.known]
-        return inputs._replace(mask=jax.tree.unflatten(self.tree, leaves))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, inputs: Inputs):
-    return _forward(static, inputs)[0]
-
-
-def _forward(static, inputs):
-    from blockjax.kernels.block_sparse_attention.hopper.forward import forward
-    from blockjax.kernels.block_sparse_attention.hopper.tiles import Steps
-
-    call, operands = _prepare(static, inputs)
-    steps = Steps(*static.tiles.forward, call.bk)
-    inputs, o, lse = residuals(inputs, *forward(call, operands(steps), steps))
-    return (o, lse), (inputs, o, lse)
-
-
-def _backward(static, kept, cotangents):
-    from blockjax.kernels.block_sparse_attention.hopper.call import Cotangents
-    from blockjax.kernels.block_sparse_attention.hopper.key_gradients import key_gradients
-    from blockjax.kernels.block_sparse_attention.hopper.query_gradient import query_gradient
-    from blockjax.kernels.block_sparse_attention.hopper.tiles import LOG2_E, Steps
-
-    inputs, o, lse = kept
-    do, dlse = cotangents
-    call, operands = _prepare(static, inputs)
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
-    # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
-
-    steps = Steps(*static.tiles.dq, call.bk)
-    held = Cotangents(do, call.held.arrange(lse, jnp.inf), call.held.arrange(delta))
-    dq, dslope = query_gradient(call, operands(steps), held, steps)
-
-    steps = Steps(*static.tiles.dkv, call.bq)
-    moving = Cotangents(do, steps.pad(lse, jnp.inf), steps.pad(delta))
-    dk, dv = key_gradients(call, operands(steps, transposed=True), moving, steps)
-    if dslope is not None:
-        dslope = dslope.sum((0, 2)).astype(inputs.slope.dtype)
-    return (Inputs(q=dq, k=dk, v=dv, mask=None, slope=dslope),)
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _prepare(static: _Static, inputs: Inputs):
-    """The call, and a function that gives a kernel's operands from its steps."""
-    from blockjax.kernels.block_sparse_attention.hopper.call import Call, operands
-
-    inputs = static.whole(inputs)
-    call = Call.of(inputs, static.scale, static.soft_cap)
-    return call, functools.partial(operands, call, inputs)

@@ -103,8 +103,8 @@ class Operands(NamedTuple):
     slope: Any
 
 
-class Cotangents(NamedTuple):
-    """`do` [B, T, N, Hv]; `lse` in units of ln 2, +inf where a row sees nothing, and `delta`, float32.
+class LaidCotangents(NamedTuple):
+    """As the kernels read them: `lse` in units of ln 2, and +inf where a row sees nothing.
 
     The last two are `[B, groups, units, 64]` for the rows that dQ holds, and `[B, N, tokens]`, padded as by
     `Steps.pad`, for dK and dV.

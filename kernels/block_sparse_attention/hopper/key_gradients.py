@@ -11,7 +11,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
-from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
+from blockjax.kernels.block_sparse_attention.hopper.call import Call, LaidCotangents, Operands
 from blockjax.kernels.block_sparse_attention.hopper.schedule import (
     Order,
     copy_ring,
@@ -58,7 +58,7 @@ class Shared(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("call", "steps"))
-def key_gradients(call: Call, operands: Operands, cotangents: Cotangents, steps: Steps):
+def key_gradients(call: Call, operands: Operands, cotangents: LaidCotangents, steps: Steps):
     """`dk` [B, S, K, H] and `dv` [B, S, K, Hv] in q's dtype, summed over the query heads of a group.
 
     Scores are transposed here: keys are rows. Where both sums do not fit the registers of a warpgroup, each

@@ -14,7 +14,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
-from blockjax.kernels.block_sparse_attention.hopper.call import Call, Cotangents, Operands
+from blockjax.kernels.block_sparse_attention.hopper.call import Call, LaidCotangents, Operands
 from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles, run, share_out
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
@@ -48,7 +48,7 @@ class Shared(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("call", "steps"))
-def query_gradient(call: Call, operands: Operands, cotangents: Cotangents, steps: Steps):
+def query_gradient(call: Call, operands: Operands, cotangents: LaidCotangents, steps: Steps):
     """`dq` [B, T, N, H] in q's dtype, and the gradient of each row's slope [B, N, T] if there is a bias."""
     rows, H, Hv = call.held, call.H, call.Hv
     tiles, units = QueryTiles(call, steps), rows.units(call.T)

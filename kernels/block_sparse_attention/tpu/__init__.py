@@ -4,14 +4,11 @@ Heads that share their lists are packed into one tile of rows where blocks of qu
 before tokens and ragged lengths are padded in the same copy.
 """
 
-import functools
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention import plan
-from blockjax.kernels.block_sparse_attention.spec import Inputs, Spec, Tiles, residuals
+from blockjax.kernels.block_sparse_attention.spec import Cotangents, Gradients, Inputs, Options, Spec, Tiles
 from blockjax.kernels.block_sparse_attention.tpu import layout
 from blockjax.kernels.block_sparse_attention.tpu.layout import (
     MIB,
@@ -82,51 +79,28 @@ def tiles_fit(spec: Spec, tiles: Tiles) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Options:
-    scale: float
-    soft_cap: float | None
-    tiles: Tiles
-
-
-def attention(inputs: Inputs, *, scale: float, soft_cap: float | None, tiles: Tiles):
+def forward_pass(inputs: Inputs, options: Options):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
     for leaf in jax.tree.leaves(inputs.mask.predicates):
         if np.shape(leaf) != ():
             raise UsageError(f"A predicate's values must be scalars on TPU, got shape {np.shape(leaf)}.")
-    axes = varying_axes(inputs)
-    walk = plan.rows(inputs)
-    return _attend(
-        _Options(scale, soft_cap, tiles), *jax.tree.map(lambda x: vary(jnp.asarray(x), axes), (inputs, walk))
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: _Options, inputs: Inputs, walk: plan.Walk):
-    return _forward(options, inputs, walk)[0]
-
-
-def _forward(options, inputs, walk):
-    launch = _Launch("forward", options, inputs, walk)
+    launch = _Launch("forward", options, inputs, plan.rows(inputs))
     out = launch(
         anchors=dict(q=launch.queries(inputs.q)),
         streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
         outputs=dict(o=(inputs.v.shape[-1], inputs.q.dtype), lse=PER_ROW),
     )
-    inputs, o, lse = residuals(inputs, launch.q.unlay(out["o"]), launch.per_token(out["lse"]))
-    return (o, lse), (inputs, walk, o, lse)
+    return launch.q.unlay(out["o"]), launch.per_token(out["lse"])
 
 
-def _backward(options, kept, cotangents):
-    inputs, walk, o, lse = kept
-    do, dlse = cotangents
+def backward_pass(inputs: Inputs, cotangents: Cotangents, options: Options) -> Gradients:
+    do, lse, delta = cotangents
     # A row that saw nothing, and a padded one, get lse = +inf here: every p is then exactly 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse / np.log(2))
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32) - dlse
     stats = (lse.swapaxes(1, 2), jnp.inf), (delta.swapaxes(1, 2), 0)
     H, Hv = inputs.q.shape[-1], inputs.v.shape[-1]
 
-    launch = _Launch("dq", options, inputs, walk)
+    launch = _Launch("dq", options, inputs, plan.rows(inputs))
     out = launch(
         anchors=dict(q=launch.queries(inputs.q), do=launch.queries(do), stats=launch.q.lanes(*stats)),
         streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
@@ -135,27 +109,23 @@ def _backward(options, kept, cotangents):
     dq = launch.q.unlay(out["dq"])
     dslope = None if inputs.slope is None else launch.per_token(out["dslope"]).sum((0, 2))
 
-    axes = varying_axes(inputs)
-    columns = jax.tree.map(lambda x: vary(x, axes), plan.columns(inputs))
-    launch = _Launch("dkv", options, inputs, columns)
+    launch = _Launch("dkv", options, inputs, plan.columns(inputs))
     out = launch(
         anchors=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
         streams=dict(q=launch.queries(inputs.q), do=launch.queries(do), stats=launch.q.lanes(*stats)),
         outputs=dict(dk=(H, inputs.k.dtype), dv=(Hv, inputs.v.dtype)),
     )
-    dk, dv = launch.k.unlay(out["dk"]), launch.k.unlay(out["dv"])
-    return Inputs(q=dq, k=dk, v=dv, mask=None, slope=dslope), None
-
-
-_attend.defvjp(_forward, _backward)
+    return Gradients(dq, launch.k.unlay(out["dk"]), launch.k.unlay(out["dv"]), dslope)
 
 
 class _Launch:
     """One kernel on one call's arrays."""
 
-    def __init__(self, name: str, options: _Options, inputs: Inputs, walk: plan.Walk):
+    def __init__(self, name: str, options: Options, inputs: Inputs, walk: plan.Walk):
         from blockjax.kernels.block_sparse_attention.tpu import kernels
 
+        axes = varying_axes(inputs)
+        walk = jax.tree.map(lambda x: vary(jnp.asarray(x), axes), walk)
         self.name, self.inputs, self.walk = name, inputs, walk
         self.kernel = dict(forward=kernels.Forward, dq=kernels.QueryGradient, dkv=kernels.KeyGradient)[name]
         mask, ranges, keys_stay = inputs.mask, isinstance(walk, plan.RangeWalk), name == "dkv"
