@@ -1,6 +1,7 @@
 """Which key blocks each query block visits, and which tokens see each other inside a block."""
 
 from blockjax.masks.block_mask import BlockMask, Lists, Ranges
+from blockjax.masks.pick import lengthen, pick
 from blockjax.masks.predicates import (
     EMPTY,
     FAR,
@@ -30,4 +31,6 @@ __all__ = [
     "Predicate",
     "Ranges",
     "Window",
+    "lengthen",
+    "pick",
 ]

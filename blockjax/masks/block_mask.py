@@ -17,7 +17,7 @@ allocates T x S; what is quadratic counts blocks.
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,8 @@ class BlockMask:
     """Sizes and positions common to both forms; build one with the static methods below.
 
     `T`, `S` tokens, `bq`, `bk` tokens a block, `q_offset`, `kv_offset` the position of the first token
-    on each side (leaves, possibly traced).
+    on each side (leaves, possibly traced). `q_blocks` [nq] and `kv_blocks` [nk] int32: which blocks of the
+    sequence these are, None for consecutive ones; both or neither, and only of lists: see `pick`.
     """
 
     T: int = _static()
@@ -61,6 +62,8 @@ class BlockMask:
     bk: int = _static()
     q_offset: int | jax.Array = 0
     kv_offset: int | jax.Array = 0
+    q_blocks: np.ndarray | jax.Array | None = None
+    kv_blocks: np.ndarray | jax.Array | None = None
 
     @staticmethod
     def causal(T: int, S: int | None = None, **geometry) -> "BlockMask":
@@ -120,13 +123,13 @@ class BlockMask:
             predicate = Function(predicate)
         predicate = _normal(predicate)
         if not prune:
-            return _from_tags(np.ones((1, 1, base.nq, base.nk), np.uint8), (predicate,), base)
+            return from_tags(np.ones((1, 1, base.nq, base.nk), np.uint8), (predicate,), base)
         if predicate.interval(np.zeros((), np.int32)) is not None:
             return Ranges(**vars(base), predicate=predicate)
-        kind = base._classify(predicate, np.arange(base.nq)[:, None], np.arange(base.nk))
+        kind = base.classify(predicate, np.arange(base.nq)[:, None], np.arange(base.nk))
         if is_concrete((predicate, kind, base.q_offset, base.kv_offset)):
             kind = views.refine(predicate, kind, base)
-        return _from_tags(_kind_to_tag(kind)[None, None], (predicate,), base)
+        return from_tags(kind_to_tag(kind)[None, None], (predicate,), base)
 
     @staticmethod
     def from_block_bool(
@@ -163,7 +166,7 @@ class BlockMask:
         predicate = _normal(predicate or Everything())
         tag = base._tag(predicate, np.arange(nq)[:, None], np.arange(nk))
         xp = array_module(blocks, tag)
-        return _from_tags(xp.where(blocks, tag, np.uint8(0)), (predicate,), base)
+        return from_tags(xp.where(blocks, tag, np.uint8(0)), (predicate,), base)
 
     @staticmethod
     def from_indices(
@@ -216,7 +219,7 @@ class BlockMask:
         tag = base._tag(predicate, np.arange(base.nq)[:, None], index)
         xp = array_module(index, tag)
         tag = xp.where((index < base.nk) & ~repeated, tag, np.uint8(0))
-        return _compact(index, tag, (predicate,), base)
+        return compact(index, tag, (predicate,), base)
 
     @property
     def nq(self) -> int:
@@ -237,7 +240,7 @@ class BlockMask:
         for i, p in enumerate(self.predicates):
             for j, q in enumerate(other.predicates):
                 tag = tag | (((a >> i) & (b >> j) & 1) << _bit(predicates, p & q))
-        return _from_tags(tag | (a & b & FULL_TAG), tuple(predicates), self)
+        return from_tags(tag | (a & b & FULL_TAG), tuple(predicates), self)
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
         """Visible where at least one mask is."""
@@ -249,7 +252,7 @@ class BlockMask:
             tag = tag | (tags & FULL_TAG)
             for i, p in enumerate(mask.predicates):
                 tag = tag | (((tags >> i) & 1) << _bit(predicates, p))
-        return _from_tags(tag, tuple(predicates), self)
+        return from_tags(tag, tuple(predicates), self)
 
     def visible(self, tag, pq, pk):
         """Boolean, broadcast: may `pq` see `pk` in a tile of this `tag`; ignores the promise of bit 7."""
@@ -276,6 +279,22 @@ class BlockMask:
         """A matplotlib figure of empty, partial and full blocks for one batch entry and head."""
         return views.plot(self, batch=batch, head=head, ax=ax)
 
+    def q_start(self, row):
+        """Position of the first token of a row of query blocks."""
+        return self.q_offset + _number(self.q_blocks, row) * self.bq
+
+    def kv_start(self, block):
+        """Position of the first token of a key block."""
+        return self.kv_offset + _number(self.kv_blocks, block) * self.bk
+
+    def positions(self):
+        """Of each token, [T] and [S]."""
+        rows, blocks = (self.q_start(np.arange(self.nq)), self.kv_start(np.arange(self.nk)))
+        return tuple(
+            (start[:, None] + np.arange(n)).reshape(-1)[:length]
+            for start, n, length in ((rows, self.bq, self.T), (blocks, self.bk, self.S))
+        )
+
     def rows(self, start, count: int) -> "BlockMask":
         """The mask of query blocks `start .. start + count`; `start` may be traced if T is whole blocks."""
         T = _piece(self.T, self.bq, start, count, "T")
@@ -291,7 +310,7 @@ class BlockMask:
         density = f"density {float(self.density()):.1%}" if concrete else "traced"
         return f"BlockMask(T={self.T}, S={self.S}, blocks {self.bq}x{self.bk}, {self._form()}, {density})"
 
-    def _classify(self, predicate: Predicate, rows, blocks):
+    def classify(self, predicate: Predicate, rows, blocks):
         """EMPTY, PARTIAL or FULL per tile at default positions; `rows` and `blocks` broadcast."""
         q_first = self.q_offset + rows * self.bq
         k_first = self.kv_offset + blocks * self.bk
@@ -302,8 +321,8 @@ class BlockMask:
 
     def _tag(self, predicate: Predicate, rows, blocks):
         """Tags of tiles that stay listed even where the predicate holds nowhere."""
-        kind = self._classify(predicate, rows, blocks)
-        return _kind_to_tag(array_module(kind).maximum(kind, PARTIAL))
+        kind = self.classify(predicate, rows, blocks)
+        return kind_to_tag(array_module(kind).maximum(kind, PARTIAL))
 
 
 @jax.tree_util.register_dataclass
@@ -437,7 +456,7 @@ class Lists(BlockMask):
     def _columns(self, start, count, piece):
         inside = (self.index >= start) & (self.index < start + count)
         xp = array_module(inside, self.tag)
-        return _compact(self.index - start, xp.where(inside, self.tag, np.uint8(0)), self.predicates, piece)
+        return compact(self.index - start, xp.where(inside, self.tag, np.uint8(0)), self.predicates, piece)
 
     def _form(self) -> str:
         b, h = self.lists_shape
@@ -453,6 +472,10 @@ def _geometry(T, S, bq, bk, q_offset, kv_offset) -> BlockMask:
     )
 
 
+def _number(blocks, i):
+    return i if blocks is None else array_module(blocks, i).take(blocks, i, mode="clip")
+
+
 def _normal(tree):
     """Concrete leaves as NumPy, Python integers as int32: one jit cache entry however a mask was built."""
 
@@ -464,17 +487,17 @@ def _normal(tree):
     return jax.tree.map(leaf, tree)
 
 
-def _kind_to_tag(kind):
+def kind_to_tag(kind):
     xp = array_module(kind)
     return xp.where(kind == FULL, 1 | FULL_TAG, xp.where(kind == EMPTY, 0, 1)).astype(np.uint8)
 
 
-def _from_tags(tags, predicates, base: BlockMask) -> "Lists":
+def from_tags(tags, predicates, base: BlockMask) -> "Lists":
     xp = array_module(tags)
-    return _compact(xp.broadcast_to(np.arange(base.nk, dtype=np.int32), tags.shape), tags, predicates, base)
+    return compact(xp.broadcast_to(np.arange(base.nk, dtype=np.int32), tags.shape), tags, predicates, base)
 
 
-def _compact(index, tag, predicates, base: BlockMask) -> "Lists":
+def compact(index, tag, predicates, base: BlockMask) -> "Lists":
     """Lists of the entries whose tag is not 0, in their order; concrete lists are cut to the longest row."""
     xp = array_module(index, tag)
     tag = xp.broadcast_to(tag, index.shape)
@@ -485,7 +508,7 @@ def _compact(index, tag, predicates, base: BlockMask) -> "Lists":
     order = xp.take_along_axis(order, xp.minimum(slot, xp.maximum(counts - 1, 0)[..., None]), axis=-1)
     tag = xp.where(slot < counts[..., None], xp.take_along_axis(tag, order, axis=-1), np.uint8(0))
     index = xp.clip(xp.take_along_axis(index, order, axis=-1), 0, base.nk - 1)
-    shared = {f: getattr(base, f) for f in ("T", "S", "bq", "bk", "q_offset", "kv_offset")}
+    shared = {f.name: getattr(base, f.name) for f in fields(BlockMask)}
     return Lists(**shared, index=index.astype(np.int32), tag=tag, counts=counts, predicates=predicates)
 
 
@@ -523,7 +546,7 @@ def _check_same_geometry(a: BlockMask, b: BlockMask):
     sizes = [(m.T, m.S, m.bq, m.bk) for m in (a, b)]
     if sizes[0] != sizes[1]:
         raise UsageError(f"Masks combine only with equal (T, S, bq, bk), got {sizes[0]} and {sizes[1]}.")
-    if not same((a.q_offset, a.kv_offset), (b.q_offset, b.kv_offset)):
+    if not same(*((m.q_offset, m.kv_offset, m.q_blocks, m.kv_blocks) for m in (a, b))):
         raise UsageError(
             "Masks combine only with the same q_offset and kv_offset; build both with the same ones."
         )

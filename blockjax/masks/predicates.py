@@ -157,6 +157,16 @@ class Chunked(Predicate):
 
 
 @_pytree
+class Until(Predicate):
+    """Keys before position `stop`: the end of what was lengthened to whole blocks."""
+
+    stop: int | jax.Array
+
+    def interval(self, pq):
+        return 0 * pq - FAR, 0 * pq + self.stop
+
+
+@_pytree
 class Function(Predicate):
     """`fn(pq, pk, *args)` decides, element-wise; `args` are leaves and may be traced.
 

@@ -84,8 +84,8 @@ def plot(mask, *, batch: int, head: int, ax=None):
 
 def _tile(mask, visible, row, block) -> np.ndarray:
     """`visible(pq, pk)` on the real tokens of one tile."""
-    pq = np.arange(row * mask.bq, min((row + 1) * mask.bq, mask.T)) + mask.q_offset
-    pk = np.arange(block * mask.bk, min((block + 1) * mask.bk, mask.S)) + mask.kv_offset
+    pq = mask.q_start(row) + np.arange(min(mask.bq, mask.T - row * mask.bq))
+    pk = mask.kv_start(block) + np.arange(min(mask.bk, mask.S - block * mask.bk))
     with jax.ensure_compile_time_eval():
         return np.broadcast_to(np.asarray(visible(pq[:, None], pk)), (len(pq), len(pk)))
 

@@ -198,6 +198,10 @@ def _segments(ids_q, ids_k, B, T, S):
 
 
 def _positions(pos_q, pos_k, mask, B, T, S):
+    if mask.q_blocks is not None:
+        if pos_q is not None or pos_k is not None:
+            raise UsageError("A mask of picked blocks has positions of its own; leave out those of the call.")
+        pos_q, pos_k = mask.positions()
     if pos_q is None and pos_k is None:
         return None, None
     pos_q = mask.q_offset + jnp.arange(T) if pos_q is None else pos_q

@@ -110,7 +110,7 @@ def _tiles(inputs: Inputs):
     block = np.arange(mask.nk)
     lo, full_lo, full_hi, hi = (x[:, None] for x in mask.bounds(np.arange(mask.nq)))
     listed = ((lo <= block) & (block < hi))[None]
-    full = ((full_lo <= block) & (block < full_hi))[None] & _promised(inputs)
+    full = ((full_lo <= block) & (block < full_hi))[None] & promised(inputs)
     meet, same = _compare(q.at(np.s_[:, :, None]), k.at(np.s_[:, None]))
     return listed & meet, full & same
 
@@ -121,7 +121,7 @@ def _entries(inputs: Inputs):
     xp = array_module(mask.index, mask.tag, mask.counts)
     listed = np.arange(np.shape(mask.index)[-1]) < xp.asarray(mask.counts)[..., None]
     index, tag = xp.asarray(mask.index, np.int32), xp.asarray(mask.tag, np.int32)
-    full = (tag >= FULL_TAG) & _promised(inputs)
+    full = (tag >= FULL_TAG) & promised(inputs)
     if ids is not None:
         q, k = ids
         batch = np.arange(len(k.lo))[:, None, None, None]
@@ -130,14 +130,14 @@ def _entries(inputs: Inputs):
     return *(xp.broadcast_to(x, listed.shape) for x in (index, tag & (FULL_TAG - 1))), listed, full
 
 
-def _promised(inputs: Inputs) -> bool:
+def promised(inputs: Inputs) -> bool:
     """A mask promises full tiles for its own positions only."""
-    return inputs.q_positions is None
+    return inputs.q_positions is None or inputs.mask.q_blocks is not None
 
 
 def _range_rows(inputs: Inputs) -> RangeWalk:
     lo, full_lo, full_hi, hi = inputs.mask.bounds(np.arange(inputs.mask.nq))
-    return _bounds(lo, full_lo, full_hi if _promised(inputs) else full_lo, hi)
+    return _bounds(lo, full_lo, full_hi if promised(inputs) else full_lo, hi)
 
 
 def _range_columns(inputs: Inputs) -> RangeWalk:
@@ -149,7 +149,7 @@ def _range_columns(inputs: Inputs) -> RangeWalk:
     method = {} if xp is np else dict(method="compare_all")
     first, stop = (xp.searchsorted(x, block, side="right", **method) for x in (hi, lo))
     # A ragged last row has no full tile, and its bounds say so out of order.
-    whole = mask.T // mask.bq if _promised(inputs) else 0
+    whole = mask.T // mask.bq if promised(inputs) else 0
     full = (xp.searchsorted(x[:whole], block, side="right", **method) for x in (full_hi, full_lo))
     full_first, full_stop = (xp.clip(x, first, stop) for x in full)
     return _bounds(first, full_first, xp.maximum(full_first, full_stop), stop)

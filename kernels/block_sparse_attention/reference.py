@@ -64,4 +64,4 @@ def positions(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     mask = inputs.mask
     if inputs.q_positions is not None:
         return inputs.q_positions, inputs.kv_positions
-    return mask.q_offset + jnp.arange(mask.T)[None], mask.kv_offset + jnp.arange(mask.S)[None]
+    return tuple(jnp.asarray(x)[None] for x in mask.positions())

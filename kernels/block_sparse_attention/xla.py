@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels.block_sparse_attention import plan
 from blockjax.kernels.block_sparse_attention.spec import Cotangents, Gradients, Inputs, Options, Spec
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
@@ -156,6 +157,7 @@ class _Tiles:
     def __init__(self, inputs: Inputs):
         q, mask = inputs.q, inputs.mask
         self.mask = mask
+        self.promised = plan.promised(inputs)
         self.axes = varying_axes(inputs)
         _, self.T, N, _ = q.shape
         _, self.S, self.K_real, _ = inputs.k.shape
@@ -234,8 +236,7 @@ class _Tiles:
         def test():
             return self.mask.visible(jnp.repeat(tag, self.bk, axis=-1)[:, :, None, :], pq, pk)
 
-        if where.positions is None:
-            # The promise of a full tile holds for default positions only.
+        if self.promised:
             full = jnp.all((tag >= FULL_TAG) | ~active)
             shape = jax.eval_shape(test).shape
             seen = lax.cond(full, lambda: self.alike(jnp.ones(shape, bool)), lambda: self.alike(test()))
