@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockjax.masks.block_mask import BlockMask, Lists, Ranges, compact, from_tags, kind_to_tag
-from blockjax.masks.predicates import Until, array_module
+from blockjax.masks.predicates import Between, array_module
 
 
 def pick(mask: BlockMask, q_blocks=None, kv_blocks=None) -> Lists:
@@ -40,10 +40,10 @@ def lengthen(mask: BlockMask, T: int, S: int) -> BlockMask:
     """The mask of T queries and S keys, whole blocks; keys past the mask's own are not seen."""
     if (T, S) == (mask.T, mask.S):
         return mask
-    nq, until = mask.nq, Until(mask.kv_offset + mask.S)
+    nq, real = mask.nq, Between(mask.kv_offset, mask.kv_offset + mask.S)
     mask = replace(mask, T=T, S=S)
     if isinstance(mask, Ranges):
-        return replace(mask, predicate=mask.predicate & until)
+        return replace(mask, predicate=mask.predicate & real)
     rows = ((0, 0), (0, 0), (0, mask.nq - nq))
     xp = array_module(mask.index, mask.tag, mask.counts)
     return replace(
@@ -51,7 +51,7 @@ def lengthen(mask: BlockMask, T: int, S: int) -> BlockMask:
         index=xp.pad(mask.index, (*rows, (0, 0))),
         tag=xp.pad(mask.tag, (*rows, (0, 0))),
         counts=xp.pad(mask.counts, rows),
-        predicates=tuple(x & until for x in mask.predicates),
+        predicates=tuple(x & real for x in mask.predicates),
     )
 
 

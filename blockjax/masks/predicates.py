@@ -157,13 +157,14 @@ class Chunked(Predicate):
 
 
 @_pytree
-class Until(Predicate):
-    """Keys before position `stop`: the end of what was lengthened to whole blocks."""
+class Between(Predicate):
+    """Keys at positions `first <= pk < stop`: those that exist, among zeros that fill blocks."""
 
+    first: int | jax.Array
     stop: int | jax.Array
 
     def interval(self, pq):
-        return 0 * pq - FAR, 0 * pq + self.stop
+        return 0 * pq + self.first, 0 * pq + self.stop
 
 
 @_pytree

@@ -80,27 +80,45 @@ def block_sparse_attention(
         UsageError: shapes, dtypes or options that do not fit, or a named implementation that cannot
             serve them.
     """
+    inputs, sinks = checked(
+        q, k, v, mask, q_segment_ids, kv_segment_ids, q_positions, kv_positions, bias, sinks
+    )
+    backend, options = select(inputs, scale, soft_cap, implementation, config)
+    call = functools.partial(attend, backend) if hasattr(backend, "backward_pass") else backend.forward_pass
+    o, lse = call(inputs, options)
+    if sinks is not None:
+        o, lse = merge_sinks(o, lse, sinks)
+    return (o, lse) if return_lse else o
+
+
+def checked(
+    q, k, v, mask, q_segment_ids, kv_segment_ids, q_positions, kv_positions, bias, sinks
+) -> tuple[Inputs, jax.Array | None]:
+    """The arguments of a call as a backend receives them, and its sinks; raises `UsageError`."""
     _check_shapes(q, k, v, mask)
-    B, T, N, H = q.shape
-    S = v.shape[1]
-    _check_numbers(scale, soft_cap)
-    q_segment_ids, kv_segment_ids = _segments(q_segment_ids, kv_segment_ids, B, T, S)
-    q_positions, kv_positions = _positions(q_positions, kv_positions, mask, B, T, S)
+    (B, T, N, _), S = q.shape, v.shape[1]
+    segments = _segments(q_segment_ids, kv_segment_ids, B, T, S)
+    positions = _positions(q_positions, kv_positions, mask, B, T, S)
     slope = None if bias is None else _per_head("bias.slope", bias.slope, N)
     sinks = None if sinks is None else _per_head("sinks", sinks, N)
+    return Inputs(q, k, v, mask, slope, *segments, *positions), sinks
 
-    options = dict(soft_cap=soft_cap, segments=q_segment_ids, positions=q_positions, bias=bias)
-    spec = describe(q, k, v, mask, **{name: x is not None for name, x in options.items()})
-    inputs = Inputs(q, k, v, mask, slope, q_segment_ids, kv_segment_ids, q_positions, kv_positions)
+
+def select(
+    inputs: Inputs,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+    config: Tiles | None = None,
+):
+    """The backend for a call, and its options; raises `UsageError` if a named one cannot serve it."""
+    _check_numbers(scale, soft_cap)
+    q, k, v, mask, slope, segments, _, positions, _ = inputs
+    given = dict(soft_cap=soft_cap, segments=segments, positions=positions, bias=slope)
+    spec = describe(q, k, v, mask, **{name: x is not None for name, x in given.items()})
     name = choose(spec, implementation)
-    backend = BACKENDS[name]
-    tiles = choose_tiles(name, backend, spec, mask, config)
-    scale = H**-0.5 if scale is None else scale
-    call = functools.partial(attend, backend) if hasattr(backend, "backward_pass") else backend.forward_pass
-    o, lse = call(inputs, Options(scale, soft_cap, tiles))
-    if sinks is not None:
-        o, lse = _merge_sinks(o, lse, sinks)
-    return (o, lse) if return_lse else o
+    tiles = choose_tiles(name, BACKENDS[name], spec, mask, config)
+    return BACKENDS[name], Options(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, tiles)
 
 
 def describe(q, k, v, mask: BlockMask, **options: bool) -> Spec:
@@ -141,7 +159,8 @@ def _log_fallback(name: str, reason: str) -> None:
     logging.getLogger(__name__).info("block_sparse_attention: not %s: %s", name, reason)
 
 
-def _merge_sinks(o, lse, sinks):
+def merge_sinks(o, lse, sinks):
+    """With one more score a head, `sinks` [N], that takes weight and gives no value."""
     merged, lse = partials.merge((o.swapaxes(1, 2), lse), (jnp.zeros((), lse.dtype), sinks[:, None]))
     return merged.swapaxes(1, 2).astype(o.dtype), lse
 

@@ -48,10 +48,7 @@ def test_picked_blocks_see_what_they_saw(name, traced):
     rng = np.random.default_rng(0)
     q_blocks = rng.permutation(mask.nq)[:3].astype("int32")
     kv_blocks = rng.permutation(mask.nk)[: mask.nk - 1].astype("int32")
-    if traced:
-        piece = jax.jit(pick)(mask, q_blocks, kv_blocks)
-    else:
-        piece = pick(mask, q_blocks, kv_blocks)
+    piece = (jax.jit(pick) if traced else pick)(mask, q_blocks, kv_blocks)
     twice = pick(pick(mask, q_blocks), None, kv_blocks)
     whole = dense(mask)[:, :, tokens(q_blocks, mask.bq)][..., tokens(kv_blocks, mask.bk)]
     np.testing.assert_array_equal(dense(piece), whole)

@@ -1,0 +1,308 @@
+"""`attention`: `block_sparse_attention` with the sequence shared out over a mesh axis."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from blockjax.errors import UsageError, nearest
+from blockjax.kernels.block_sparse_attention import RESIDUAL, DistanceBias, Tiles
+from blockjax.kernels.block_sparse_attention.api import checked, merge_sinks
+from blockjax.kernels.block_sparse_attention.passes import delta
+from blockjax.kernels.block_sparse_attention.sharded import Axes, sharded_block_sparse_attention
+from blockjax.masks import BlockMask, Lists, lengthen
+from blockjax.masks.predicates import is_concrete
+from blockjax.parallel.circulate import Ring
+from blockjax.parallel.layouts import Layout, work
+from blockjax.parallel.schedules import SCHEDULES
+from blockjax.parallel.shards import Job, Keys, Queries, Statistics
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: BlockMask,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str = "seq",
+    schedule: str = "ring",
+    layout: str = "contiguous",
+    ulysses: int = 1,
+    batch: Axes = None,
+    heads: Axes = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    bias: DistanceBias | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    config: Tiles | None = None,
+):
+    """As `block_sparse_attention`, with tokens cut over `axis` and never gathered unless the schedule says so.
+
+    Args:
+        q, k, v, mask: as there, in the order of the sequence; likewise all arrays of tokens.
+        mesh: default the mesh in use.
+        axis: the mesh axis over which T and S are cut.
+        schedule: what moves where, a key of `SCHEDULES`.
+        layout: which blocks each device holds, a key of `LAYOUTS`.
+        ulysses: this many consecutive devices first exchange tokens for heads (arXiv:2309.14509), and the
+            schedule runs over groups of them; the size of the axis for nothing but that.
+        batch, heads: mesh axes over which B, and query and key heads, are cut.
+        others: as there.
+
+    Returns:
+        What `block_sparse_attention` returns, with its gradients.
+
+    Raises:
+        UsageError: what does not divide, or a schedule that cannot serve the call, with the reason.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if axis not in mesh.axis_names:
+        raise UsageError(
+            f"The mesh has no axis {axis!r}; its axes are {', '.join(mesh.axis_names) or 'none'}."
+        )
+    devices = mesh.shape[axis]
+    options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation, config=config)
+    if devices == 1:
+        with (
+            jax.set_mesh(mesh)
+            if isinstance(mesh, jax.sharding.Mesh)
+            else jax.sharding.use_abstract_mesh(mesh)
+        ):
+            return sharded_block_sparse_attention(
+                q, k, v, mask, batch=batch, heads=heads, q_segment_ids=q_segment_ids,
+                kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions,
+                bias=bias, sinks=sinks, return_lse=return_lse, **options,
+            )  # fmt: skip
+    if schedule not in SCHEDULES:
+        raise UsageError(f"Unknown schedule {schedule!r}.{nearest(schedule, SCHEDULES)}")
+    inputs, sinks = checked(
+        q, k, v, mask, q_segment_ids, kv_segment_ids, q_positions, kv_positions, bias, sinks
+    )
+    cut = _Cut.of(mesh, axis, ulysses, batch, heads, inputs)
+    block = math.lcm(mask.bq, mask.bk)
+    q_layout = Layout.of(layout, mask.T, devices, block, mask)
+    kv_layout = q_layout if mask.S == mask.T else Layout.of(layout, mask.S, devices, block, None)
+    uses = work(mask, q_layout, kv_layout)
+    uses = np.ones((devices, devices)) if uses is None else uses
+    o, lse = _shard(cut, schedule, q_layout, kv_layout, uses > 0, inputs, options)
+    if sinks is not None:
+        o, lse = merge_sinks(o, lse, sinks)
+    return (o, lse) if return_lse else o
+
+
+class _Cut(NamedTuple):
+    """How arrays lie on the mesh."""
+
+    mesh: Any
+    axis: str
+    ulysses: int
+    batch: Axes
+    heads: Axes
+
+    @staticmethod
+    def of(mesh, axis, ulysses, batch, heads, inputs) -> "_Cut":
+        B, _, N, _ = inputs.q.shape
+        K, devices = inputs.k.shape[2], mesh.shape[axis]
+        if devices % ulysses:
+            raise UsageError(f"ulysses={ulysses} does not divide the {devices} devices of {axis!r}.")
+        per_device = [n // math.prod(mesh.shape[a] for a in _names(heads)) for n in (N, K)]
+        if per_device[0] % ulysses or (per_device[1] % ulysses and ulysses % per_device[1]):
+            raise UsageError(
+                f"ulysses={ulysses} needs query heads that divide by it, and key heads that divide by it or it "
+                f"by them; there are {per_device[0]} and {per_device[1]}."
+            )
+        for what, n, axes in (("batch entries", B, batch), ("key heads", K, heads)):
+            size = math.prod(mesh.shape[a] for a in _names(axes))
+            if n % size:
+                raise UsageError(f"{n} {what} do not divide over {'*'.join(_names(axes))}={size}.")
+        return _Cut(mesh, axis, ulysses, _names(batch) or None, _names(heads) or None)
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, inputs, options):
+    """Lays the arrays out, and calls `_local` on each device's part."""
+    mask = lengthen(inputs.mask, q_layout.tokens, kv_layout.tokens)
+    T = inputs.q.shape[1]
+    queries = Queries(
+        q_layout.apply(inputs.q),
+        *(
+            None if x is None else q_layout.apply(x, fill=fill)
+            for x, fill in ((inputs.q_segment_ids, -1), (inputs.q_positions, 0))
+        ),
+        _lay_lists(mask, q_layout),
+    )
+    keys = Keys(
+        kv_layout.apply(inputs.k),
+        kv_layout.apply(inputs.v),
+        *(
+            None if x is None else kv_layout.apply(x, fill=fill)
+            for x, fill in ((inputs.kv_segment_ids, -1), (inputs.kv_positions, 0))
+        ),
+    )
+    if isinstance(mask, Lists):
+        mask = replace(mask, index=None, tag=None, counts=None)
+    leaves, tree = jax.tree.flatten(mask)
+    known = tuple(x if is_concrete(x) else None for x in leaves)
+    traced = tuple(jnp.asarray(x) for x in leaves if not is_concrete(x))
+
+    places = len(uses) // cut.ulysses
+    uses = uses.reshape(places, cut.ulysses, places, cut.ulysses).any((1, 3))
+    static = _Static(
+        schedule, cut.ulysses, Ring(cut.axis, places, cut.ulysses, uses), tree, known,
+        q_layout.blocks(mask.bq), kv_layout.blocks(mask.bk), options,
+    )  # fmt: skip
+    rows, columns = P(cut.batch, cut.axis, cut.heads), P(cut.batch, cut.axis)
+
+    def per_token(x):
+        return None if x is None else P(cut.batch if x.shape[0] > 1 else None, cut.axis)
+
+    lists = None
+    if queries.lists is not None:
+        b, h = queries.lists[2].shape[:2]
+        lists = (P(cut.batch if b > 1 else None, cut.heads if h > 1 else None, cut.axis),) * 3
+    in_specs = (
+        Queries(rows, per_token(queries.ids), per_token(queries.positions), lists),
+        Keys(rows, rows, per_token(keys.ids), per_token(keys.positions)),
+        None if inputs.slope is None else P(cut.heads),
+        P(),
+    )
+    del columns
+    local = jax.shard_map(
+        functools.partial(_local, static), mesh=cut.mesh, in_specs=in_specs,
+        out_specs=(rows, P(cut.batch, cut.heads, cut.axis)), check_vma=False,
+    )  # fmt: skip
+    o, lse = local(queries, keys, inputs.slope, traced)
+    return q_layout.restore(o)[:, :T], q_layout.restore(lse, axis=2)[..., :T]
+
+
+def _lay_lists(mask: BlockMask, layout: Layout):
+    """Rows of the lists in the order of the devices."""
+    if not isinstance(mask, Lists):
+        return None
+    lists = mask.index, mask.tag, mask.counts
+    if layout.consecutive:
+        return tuple(map(jnp.asarray, lists))
+    return tuple(jnp.take(jnp.asarray(x), layout.blocks(mask.bq).ravel(), axis=2) for x in lists)
+
+
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """What the devices know of a call before it is traced."""
+
+    schedule: str
+    ulysses: int
+    ring: Ring
+    tree: Any
+    known: tuple
+    q_blocks: np.ndarray
+    kv_blocks: np.ndarray
+    options: dict
+
+    def job(self, slope, traced) -> Job:
+        traced = iter(traced)
+        mask = jax.tree.unflatten(self.tree, [next(traced) if x is None else x for x in self.known])
+        places = self.ring.size
+        blocks = (x.reshape(places, -1) for x in (self.q_blocks, self.kv_blocks))
+        job = Job(self.ring, mask, *blocks, slope, self.options)
+        reason = SCHEDULES[self.schedule].refuses(job)
+        if reason is not None:
+            raise UsageError(f"schedule={self.schedule!r} cannot serve this call: {reason}.")
+        return job
+
+
+def _local(static: _Static, queries: Queries, keys: Keys, slope, traced):
+    """One device's part: heads for tokens among `ulysses` devices, then the schedule among groups of them."""
+    if static.ulysses == 1:
+        return _attend(static, queries, keys, slope, traced)
+    exchange = _Exchange(static.ring.axis, static.ulysses, lax.axis_size(static.ring.axis))
+    o, lse = _attend(static, *exchange.there(queries, keys, slope), traced)
+    return exchange.swap(o, 1, 2), exchange.swap(lse, 2, 1)
+
+
+class _Exchange(NamedTuple):
+    """Tokens for heads among `size` consecutive devices of an axis."""
+
+    axis: str
+    size: int
+    devices: int
+
+    @property
+    def groups(self):
+        return np.arange(self.devices).reshape(-1, self.size).tolist()
+
+    def swap(self, x, split: int, concat: int):
+        return lax.all_to_all(
+            x, self.axis, split_axis=split, concat_axis=concat, tiled=True, axis_index_groups=self.groups
+        )
+
+    def gather(self, x, axis: int):
+        return lax.all_gather(x, self.axis, axis=axis, tiled=True, axis_index_groups=self.groups)
+
+    def there(self, queries: Queries, keys: Keys, slope):
+        q, ids, positions, lists = queries
+        K = keys.k.shape[2]
+
+        def gathered(x):
+            return None if x is None else self.gather(x, 1)
+
+        def heads(x):
+            return self.swap(jnp.repeat(x, max(1, self.size // K), axis=2), 2, 1)
+
+        if lists is not None:
+            h = lists[2].shape[1]
+            if h == K < self.size:
+                lists = tuple(jnp.repeat(x, self.size // K, axis=1) for x in lists)
+            lists = tuple(self.gather(x, 2) if h == 1 else self.swap(x, 1, 2) for x in lists)
+        if slope is not None:
+            n = slope.size // self.size
+            slope = lax.dynamic_slice_in_dim(slope, lax.axis_index(self.axis) % self.size * n, n)
+        k, v = heads(keys.k), heads(keys.v)
+        queries = Queries(self.swap(q, 2, 1), gathered(ids), gathered(positions), lists)
+        return queries, Keys(k, v, gathered(keys.ids), gathered(keys.positions)), slope
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, queries: Queries, keys: Keys, slope, traced):
+    return _forward(static, queries, keys, slope, traced)[0]
+
+
+def _forward(static, queries, keys, slope, traced):
+    job = static.job(slope, traced)
+    o, lse = SCHEDULES[static.schedule].forward(job, queries, keys)
+    o, lse = o.astype(queries.q.dtype), lse.swapaxes(1, 2)
+    q, k, v, o, lse = (checkpoint_name(x, RESIDUAL) for x in (queries.q, keys.k, keys.v, o, lse))
+    kept = queries._replace(q=q), keys._replace(k=k, v=v), slope, traced, o, lse
+    return (o, lse), kept
+
+
+def _backward(static, kept, cotangents):
+    queries, keys, slope, traced, o, lse = kept
+    do, dlse = cotangents
+    statistics = Statistics(do, lse, delta(do, o, dlse))
+    schedule = SCHEDULES[static.schedule]
+    (dq, dslope), (dk, dv) = schedule.backward(static.job(slope, traced), queries, keys, statistics)
+    dq, dk, dv = (d.astype(x.dtype) for d, x in ((dq, queries.q), (dk, keys.k), (dv, keys.v)))
+    nothing = functools.partial(jax.tree.map, lambda _: None)
+    dqueries = Queries(dq, *nothing(queries[1:]))
+    dslope = None if slope is None else dslope.astype(slope.dtype)
+    return dqueries, Keys(dk, dv, *nothing(keys[2:])), dslope, nothing(traced)
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,161 @@
+"""Which blocks of a sequence each device holds.
+
+A layout permutes whole blocks, so that a mask's lists stay lists and positions are one number a block. Causal
+attention is balanced by `zigzag` (each device one early and one late chunk: Llama 3, arXiv:2407.21783,
+section 3.3.2) and by `striped` (blocks dealt round: Striped Attention, arXiv:2311.09431). Windows want
+`contiguous`, whose keys are at most a neighbour away; `balanced` fits a given mask.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blockjax.errors import UsageError, nearest
+from blockjax.masks import BlockMask, Lists
+from blockjax.masks.predicates import is_concrete
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """`order` [P, n] int32: the blocks of each device, of `block` tokens, of a sequence of `length` tokens.
+
+    Blocks past the end of the sequence are padding.
+    """
+
+    name: str
+    order: np.ndarray
+    block: int
+    length: int
+
+    @staticmethod
+    def of(name: str, length: int, devices: int, block: int, mask: BlockMask | None = None) -> "Layout":
+        """`contiguous`, `zigzag`, `striped`, or `balanced` for a mask; blocks are those of the mask.
+
+        Raises:
+            UsageError: the name is unknown, or `balanced` has no mask whose values are known.
+        """
+        if name not in LAYOUTS:
+            raise UsageError(f"Unknown layout {name!r}.{nearest(name, LAYOUTS)}")
+        blocks = -(-length // block)
+        per_device = -(-blocks // devices)
+        per_device += name == "zigzag" and per_device % 2
+        order = LAYOUTS[name](devices, per_device, _weights(mask, block, devices * per_device))
+        return Layout(name, order.astype(np.int32), block, length)
+
+    @property
+    def devices(self) -> int:
+        return len(self.order)
+
+    @property
+    def tokens(self) -> int:
+        """With padding, on all devices."""
+        return self.order.size * self.block
+
+    @property
+    def consecutive(self) -> bool:
+        return bool((self.order.ravel() == np.arange(self.order.size)).all())
+
+    def blocks(self, size: int) -> np.ndarray:
+        """`order` in blocks of `size` tokens, a divisor of `block`."""
+        parts = self.block // size
+        order = self.order[..., None] * parts + np.arange(parts, dtype=np.int32)
+        return order.reshape(self.devices, -1)
+
+    def apply(self, x: jax.Array, axis: int = 1, fill=0) -> jax.Array:
+        """An array over the sequence's tokens in the order of the devices, padded with `fill`."""
+        if x.shape[axis] != self.length:
+            raise UsageError(f"The layout is for {self.length} tokens, but axis {axis} of {x.shape} differs.")
+        widths = [(0, self.tokens - self.length) if i == axis else (0, 0) for i in range(x.ndim)]
+        x = jnp.pad(x, widths, constant_values=fill)
+        return x if self.consecutive else self._take(x, self.order.ravel(), axis)
+
+    def restore(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """The inverse of `apply`."""
+        if not self.consecutive:
+            x = self._take(x, np.argsort(self.order.ravel()), axis)
+        return jax.lax.slice_in_dim(x, 0, self.length, axis=axis)
+
+    def _take(self, x, order, axis):
+        axis %= x.ndim
+        shape = x.shape
+        x = x.reshape(*shape[:axis], -1, self.block, *shape[axis + 1 :])
+        return jnp.take(x, order, axis=axis).reshape(shape)
+
+
+def _contiguous(P: int, n: int, weights) -> np.ndarray:
+    return np.arange(P * n).reshape(P, n)
+
+
+def _zigzag(P: int, n: int, weights) -> np.ndarray:
+    chunks = np.arange(P * n).reshape(2 * P, n // 2)
+    return np.concatenate([chunks[:P], chunks[: P - 1 : -1]], 1)
+
+
+def _striped(P: int, n: int, weights) -> np.ndarray:
+    return np.arange(P * n).reshape(n, P).T
+
+
+def _balanced(P: int, n: int, weights: np.ndarray | None) -> np.ndarray:
+    """The heaviest block left goes to the device with the least work that has room."""
+    if weights is None:
+        raise UsageError("The layout 'balanced' needs a mask whose values are known; 'striped' does not.")
+    held, load = [[] for _ in range(P)], np.zeros(P)
+    for block in np.argsort(-weights, kind="stable"):
+        least = min((p for p in range(P) if len(held[p]) < n), key=lambda p: load[p])
+        held[least].append(block)
+        load[least] += weights[block]
+    return np.sort(np.array(held), 1)
+
+
+def _weights(mask: BlockMask | None, block: int, blocks: int) -> np.ndarray | None:
+    """Key blocks listed by each of the layout's blocks, [blocks]; None if they are not known."""
+    if mask is None or not is_concrete(mask):
+        return None
+    rows = np.asarray(mask.counts_per_row(), float).mean((0, 1))
+    per_block = block // mask.bq
+    return np.pad(rows, (0, blocks * per_block - len(rows))).reshape(blocks, per_block).sum(1)
+
+
+LAYOUTS: dict[str, Callable] = {
+    "contiguous": _contiguous,
+    "zigzag": _zigzag,
+    "striped": _striped,
+    "balanced": _balanced,
+}
+
+
+def work(mask: BlockMask, q: Layout, kv: Layout) -> np.ndarray | None:
+    """Listed blocks of each shard of queries and shard of keys, [P, P], mean over the lists.
+
+    None for a mask whose values are not known.
+    """
+    if not is_concrete(mask):
+        return None
+    P = kv.devices
+    shard = np.empty(mask.nk, np.int64)
+    for j, blocks in enumerate(kv.blocks(mask.bk)):
+        shard[blocks[blocks < mask.nk]] = j
+    per_row = np.zeros((mask.nq, P))
+    if isinstance(mask, Lists):
+        b, h, nq, W = np.shape(mask.index)
+        listed = np.arange(W) < np.asarray(mask.counts)[..., None]
+        rows = np.broadcast_to(np.arange(nq)[:, None], listed.shape)
+        np.add.at(per_row, (rows[listed], shard[np.asarray(mask.index)[listed]]), 1 / (b * h))
+    else:
+        lo, _, _, hi = mask.bounds(np.arange(mask.nq))
+        for j in range(P):
+            before = np.concatenate([[0], np.cumsum(shard == j)])
+            per_row[:, j] = before[hi] - before[lo]
+    rows = np.zeros((q.blocks(mask.bq).size, P))
+    rows[: mask.nq] = per_row
+    return np.stack([rows[blocks].sum(0) for blocks in q.blocks(mask.bq)])
+
+
+def lockstep(table: np.ndarray) -> float:
+    """Efficiency of a ring on this work: all devices wait for the slowest of each hop."""
+    P = len(table)
+    hops = [table[np.arange(P), (np.arange(P) - s) % P].max() for s in range(P)]
+    return float(table.sum() / (P * sum(hops))) if table.any() else 1.0

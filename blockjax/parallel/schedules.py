@@ -1,0 +1,245 @@
+"""What moves where: the schedules of attention over a sequence axis, forward and backward.
+
+Each is two functions of one place's shards, which run inside `shard_map`:
+`forward(job, queries, keys) -> (o, lse)`, a partial over all keys, and
+`backward(job, queries, keys, statistics) -> (dq, dslope), (dk, dv)`, float32.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from blockjax import partials
+from blockjax.masks import Between, Ranges
+from blockjax.parallel.circulate import Trip, circulate
+from blockjax.parallel.shards import Job, Keys, Queries, Statistics, add, heads
+
+
+class Leg(NamedTuple):
+    """A trip of some heads: part `part` of `parts`."""
+
+    trip: Trip
+    part: int = 0
+    parts: int = 1
+
+    def cut(self, x, axis: int):
+        n = x.shape[axis] // self.parts
+        return lax.slice_in_dim(x, self.part * n, (self.part + 1) * n, axis=axis)
+
+
+@dataclass(frozen=True)
+class Circulating:
+    """Keys or queries go round, in one direction or in both.
+
+    `both="offsets"`: whole parts in both directions, each half way: half the rounds. Results that travel with
+    them would end half way from home, so the backward splits heads, as `both="heads"` always does.
+    """
+
+    moving: str
+    home: str = "follow"
+    both: str | None = None
+
+    def refuses(self, job: Job) -> str | None:
+        return None
+
+    def legs(self, job: Job, K: int, backward: bool) -> list[Leg]:
+        P = job.ring.size
+        live = [o for o in range(1, P) if job.ring.live(o, self.moving).any()]
+        # What must come home hides its way behind the local shard, which therefore comes last.
+        local = "last" if backward or self.moving == "queries" else "first"
+        if self.both is None or (K % 2 and (backward or self.both == "heads")):
+            return [Leg(Trip(self.moving, tuple(live), self.home, local))]
+        if self.both == "offsets" and not backward:
+            there = tuple(o for o in live if o <= P // 2)
+            back = tuple(o - P for o in reversed(live) if o > P // 2)
+            legs = [Leg(Trip(self.moving, there, self.home, local))]
+            return legs + [Leg(Trip(self.moving, back, self.home, None))] * bool(back)
+        back = tuple(o - P for o in reversed(live))
+        return [
+            Leg(Trip(self.moving, offsets, self.home, local), part, 2)
+            for part, offsets in enumerate((tuple(live), back))
+        ]
+
+    def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
+        def run(leg: Leg):
+            own, q, k = (heads(x, leg.cut) for x in (job, queries, keys))
+
+            def visit(part, offset):
+                if self.moving == "keys":
+                    return own.forward(q, part, own.piece(q.lists, *_places(own, offset, "keys"))), None
+                return None, own.forward(part, k, own.piece(part.lists, *_places(own, offset, "queries")))
+
+            part = k if self.moving == "keys" else q
+            here, back = circulate(own.ring, leg.trip, part, visit, partials.merge, empty=(0, -jnp.inf))
+            return here if self.moving == "keys" else back
+
+        legs = self.legs(job, keys.k.shape[2], backward=False)
+        found = [run(leg) for leg in legs]
+        if legs[0].parts == 1:
+            return partials.fold(found)
+        return tuple(jnp.concatenate(x, 2) for x in zip(*found, strict=True))
+
+    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Statistics):
+        def run(leg: Leg):
+            own, q, k, stats = (heads(x, leg.cut) for x in (job, queries, keys, statistics))
+
+            def visit(part, offset):
+                places = _places(own, offset, self.moving)
+                if self.moving == "keys":
+                    return own.backward(q, part, own.piece(q.lists, *places), stats)
+                part, stats_of_part = part
+                (dq, dslope), dkv = own.backward(part, k, own.piece(part.lists, *places), stats_of_part)
+                return (dkv, dslope), dq
+
+            part = k if self.moving == "keys" else (q, stats)
+            here, back = circulate(own.ring, leg.trip, part, visit, add)
+            if self.moving == "keys":
+                return here, back
+            dkv, dslope = here
+            return (back, dslope), dkv
+
+        found = [run(leg) for leg in self.legs(job, keys.k.shape[2], backward=True)]
+        (dq, dslope), (dk, dv) = jax.tree.map(lambda *x: x, *found) if len(found) > 1 else found[0]
+        if len(found) == 1:
+            return (dq, dslope), (dk, dv)
+        dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
+        return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
+
+
+def _places(job: Job, offset: int, moving: str):
+    """Of queries and keys, where a part is at work `offset` places from home."""
+    here = job.ring.place
+    there = (here - offset) % job.ring.size
+    return (here, there) if moving == "keys" else (there, here)
+
+
+@dataclass(frozen=True)
+class AllGather:
+    """Every place gathers the keys of all, some heads at a time, so that the next ones come meanwhile."""
+
+    groups: int = 4
+
+    def refuses(self, job: Job) -> str | None:
+        return None
+
+    def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
+        found = []
+        for own, q, k, _ in self.parts(job, queries, keys):
+            found.append(own.forward(q, self.gather(own, k), own.piece(q.lists, own.ring.place, None)))
+        return tuple(jnp.concatenate(x, 2) for x in zip(*found, strict=True))
+
+    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Statistics):
+        found = []
+        for own, q, k, stats in self.parts(job, queries, keys, statistics):
+            (dq, dslope), dkv = own.backward(
+                q, self.gather(own, k), own.piece(q.lists, own.ring.place, None), stats
+            )
+            scatter = partial(lax.psum_scatter, axis_name=own.ring.axis, scatter_dimension=1, tiled=True)
+            found.append((dq, dslope, *map(partial(scatter, **_groups(own)), dkv)))
+        dq, dslope, dk, dv = zip(*found, strict=True)
+        dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
+        return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
+
+    def parts(self, job, queries, keys, statistics=None):
+        K = keys.k.shape[2]
+        n = max(d for d in range(1, self.groups + 1) if K % d == 0)
+        for i in range(n):
+            cut = Leg(None, i, n).cut
+            yield tuple(None if x is None else heads(x, cut) for x in (job, queries, keys, statistics))
+
+    @staticmethod
+    def gather(job: Job, keys: Keys) -> Keys:
+        whole = partial(lax.all_gather, axis_name=job.ring.axis, axis=1, tiled=True, **_groups(job))
+        return jax.tree.map(whole, keys)
+
+
+def _groups(job: Job) -> dict:
+    """The devices of one ring, where several lie along the axis."""
+    ring = job.ring
+    if ring.stride == 1:
+        return {}
+    return dict(
+        axis_index_groups=[[p * ring.stride + i for p in range(ring.size)] for i in range(ring.stride)]
+    )
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Of a window no longer than a shard, only the keys that a neighbour's queries see are sent."""
+
+    def refuses(self, job: Job) -> str | None:
+        if not job.consecutive or not isinstance(job.mask, Ranges):
+            return "it needs the layout 'contiguous' and a mask whose keys are one interval: a window"
+        if self.reach(job) is None:
+            return "the window must be known before tracing and be no longer than a shard"
+        return None
+
+    def reach(self, job: Job) -> tuple[int, int] | None:
+        """Blocks needed of the place before and of the one after; None if not known or too many."""
+        mask, nq, nk = job.mask, job.q_blocks.shape[1], job.kv_blocks.shape[1]
+        try:
+            lo, _, _, hi = (np.asarray(x) for x in mask.bounds(np.arange(mask.nq)))
+        except jax.errors.TracerArrayConversionError:
+            return None
+        place = np.arange(mask.nq) // nq
+        some = hi > lo
+        before = np.max(np.where(some, place * nk - lo, 0), initial=0)
+        after = np.max(np.where(some, hi - (place + 1) * nk, 0), initial=0)
+        return (int(before), int(after)) if max(before, after) <= nk else None
+
+    def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
+        return job.forward(queries, self.widen(job, keys), self.piece(job))
+
+    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Statistics):
+        dq, dkv = job.backward(queries, self.widen(job, keys), self.piece(job), statistics)
+        before, after = (n * job.mask.bk for n in self.reach(job))
+        S = keys.k.shape[1]
+
+        def home(d):
+            own = lax.slice_in_dim(d, before, before + S, axis=1)
+            if before:
+                own = own.at[:, S - before :].add(self.send(job, d[:, :before], -1))
+            if after:
+                own = own.at[:, :after].add(self.send(job, d[:, before + S :], 1))
+            return own
+
+        return dq, jax.tree.map(home, dkv)
+
+    def widen(self, job: Job, keys: Keys) -> Keys:
+        before, after = (n * job.mask.bk for n in self.reach(job))
+
+        def wide(x):
+            parts = [self.send(job, x[:, x.shape[1] - before :], 1)] if before else []
+            parts += [x, *([self.send(job, x[:, :after], -1)] if after else [])]
+            return jnp.concatenate(parts, 1)
+
+        return jax.tree.map(wide, keys)
+
+    def send(self, job: Job, x, by: int):
+        """To the next place, or the one before; nothing goes round the end."""
+        senders = np.ones(job.ring.size, bool)
+        senders[-1 if by == 1 else 0] = False
+        return job.ring.shift(x, by, senders)
+
+    def piece(self, job: Job):
+        nq, nk, place = job.q_blocks.shape[1], job.kv_blocks.shape[1], job.ring.place
+        mask, (before, after) = job.mask, self.reach(job)
+        # Zeros arrive at both ends of the sequence.
+        real = Between(mask.kv_offset, mask.kv_offset + mask.S)
+        rows = replace(mask, predicate=mask.predicate & real).rows(place * nq, nq)
+        return rows.columns(place * nk - before, before + nk + after)
+
+
+SCHEDULES = {
+    "all_gather": AllGather(),
+    "ring": Circulating("keys"),
+    "two_stream_ring": Circulating("keys", both="offsets"),
+    "token_ring": Circulating("queries", both="heads"),
+    "token_ring_direct": Circulating("queries", home="direct"),
+    "halo": Halo(),
+}
