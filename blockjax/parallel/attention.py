@@ -50,7 +50,7 @@ def attention(
     implementation: str | None = None,
     config: Tiles | None = None,
 ):
-    """As `block_sparse_attention`, with tokens cut over `axis` and never gathered unless the schedule says so.
+    """As `block_sparse_attention`, with the tokens cut over a mesh axis.
 
     Args:
         q, k, v, mask: as there, in the order of the sequence; likewise all arrays of tokens.
@@ -71,22 +71,16 @@ def attention(
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if axis not in mesh.axis_names:
-        raise UsageError(
-            f"The mesh has no axis {axis!r}; its axes are {', '.join(mesh.axis_names) or 'none'}."
-        )
+        axes = ", ".join(mesh.axis_names) or "none"
+        raise UsageError(f"The mesh has no axis {axis!r}; its axes are: {axes}.")
     devices = mesh.shape[axis]
     options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation, config=config)
     if devices == 1:
-        with (
-            jax.set_mesh(mesh)
-            if isinstance(mesh, jax.sharding.Mesh)
-            else jax.sharding.use_abstract_mesh(mesh)
-        ):
-            return sharded_block_sparse_attention(
-                q, k, v, mask, batch=batch, heads=heads, q_segment_ids=q_segment_ids,
-                kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions,
-                bias=bias, sinks=sinks, return_lse=return_lse, **options,
-            )  # fmt: skip
+        return sharded_block_sparse_attention(
+            q, k, v, mask, mesh=mesh, batch=batch, heads=heads, q_segment_ids=q_segment_ids,
+            kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions,
+            bias=bias, sinks=sinks, return_lse=return_lse, **options,
+        )  # fmt: skip
     if schedule not in SCHEDULES:
         raise UsageError(f"Unknown schedule {schedule!r}.{nearest(schedule, SCHEDULES)}")
     inputs, sinks = checked(
@@ -122,8 +116,8 @@ class _Cut(NamedTuple):
         per_device = [n // math.prod(mesh.shape[a] for a in _names(heads)) for n in (N, K)]
         if per_device[0] % ulysses or (per_device[1] % ulysses and ulysses % per_device[1]):
             raise UsageError(
-                f"ulysses={ulysses} needs query heads that divide by it, and key heads that divide by it or it "
-                f"by them; there are {per_device[0]} and {per_device[1]}."
+                f"ulysses={ulysses} needs query heads that divide by it, and key heads that divide by it or "
+                f"it by them; there are {per_device[0]} and {per_device[1]}."
             )
         for what, n, axes in (("batch entries", B, batch), ("key heads", K, heads)):
             size = math.prod(mesh.shape[a] for a in _names(axes))
@@ -139,22 +133,21 @@ def _names(axes: Axes) -> tuple[str, ...]:
 def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, inputs, options):
     """Lays the arrays out, and calls `_local` on each device's part."""
     mask = lengthen(inputs.mask, q_layout.tokens, kv_layout.tokens)
-    T = inputs.q.shape[1]
+
+    def lay(layout, x, fill=0):
+        return None if x is None else layout.apply(x, fill=fill)
+
     queries = Queries(
-        q_layout.apply(inputs.q),
-        *(
-            None if x is None else q_layout.apply(x, fill=fill)
-            for x, fill in ((inputs.q_segment_ids, -1), (inputs.q_positions, 0))
-        ),
+        lay(q_layout, inputs.q),
+        lay(q_layout, inputs.q_segment_ids, -1),
+        lay(q_layout, inputs.q_positions),
         _lay_lists(mask, q_layout),
     )
     keys = Keys(
-        kv_layout.apply(inputs.k),
-        kv_layout.apply(inputs.v),
-        *(
-            None if x is None else kv_layout.apply(x, fill=fill)
-            for x, fill in ((inputs.kv_segment_ids, -1), (inputs.kv_positions, 0))
-        ),
+        lay(kv_layout, inputs.k),
+        lay(kv_layout, inputs.v),
+        lay(kv_layout, inputs.kv_segment_ids, -1),
+        lay(kv_layout, inputs.kv_positions),
     )
     if isinstance(mask, Lists):
         mask = replace(mask, index=None, tag=None, counts=None)
@@ -168,7 +161,7 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
         schedule, cut.ulysses, Ring(cut.axis, places, cut.ulysses, uses), tree, known,
         q_layout.blocks(mask.bq), kv_layout.blocks(mask.bk), options,
     )  # fmt: skip
-    rows, columns = P(cut.batch, cut.axis, cut.heads), P(cut.batch, cut.axis)
+    rows = P(cut.batch, cut.axis, cut.heads)
 
     def per_token(x):
         return None if x is None else P(cut.batch if x.shape[0] > 1 else None, cut.axis)
@@ -183,13 +176,12 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
         None if inputs.slope is None else P(cut.heads),
         P(),
     )
-    del columns
     local = jax.shard_map(
         functools.partial(_local, static), mesh=cut.mesh, in_specs=in_specs,
         out_specs=(rows, P(cut.batch, cut.heads, cut.axis)), check_vma=False,
     )  # fmt: skip
     o, lse = local(queries, keys, inputs.slope, traced)
-    return q_layout.restore(o)[:, :T], q_layout.restore(lse, axis=2)[..., :T]
+    return q_layout.restore(o), q_layout.restore(lse, axis=2)
 
 
 def _lay_lists(mask: BlockMask, layout: Layout):

@@ -18,28 +18,36 @@ def forward_pass(inputs: Inputs, options: Options):
 
     Ignores the promise that a tile is full and tests its predicates. Its gradient is JAX's own.
     """
-    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (inputs.q, inputs.k, inputs.v))
-    G = q.shape[2] // k.shape[2]
-    k = jnp.repeat(k, G, axis=2)
-    v = jnp.repeat(v, G, axis=2)
-    pq, pk = positions(inputs)
-
-    z = options.scale * jnp.einsum("BTNH,BSNH->BNTS", q, k)
-    s = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
-    if inputs.slope is not None:
-        distance = jnp.abs(pq[:, None, :, None] - pk[:, None, None, :])
-        s = s - inputs.slope[:, None, None] * distance
+    v = _wide(inputs.v, inputs)
+    s = scores(inputs, options)
     seen = visible(inputs)
 
     # A row that sees nothing has o = 0 and lse = -inf, without a NaN in its gradient.
     some = seen.any(-1, keepdims=True)
-    s = jnp.where(seen, s, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(some, s.max(-1, keepdims=True), 0.0))
     p = jnp.where(seen, jnp.exp(jnp.where(seen, s - top, 0.0)), 0.0)
     total = jnp.where(some, p.sum(-1, keepdims=True), 1.0)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
     o = jnp.einsum("BNTS,BSNH->BTNH", p / total, v)
     return o.astype(inputs.q.dtype), lse
+
+
+def scores(inputs: Inputs, options: Options) -> jax.Array:
+    """[B, N, T, S], -inf where a query does not see a key."""
+    q, k = _wide(inputs.q, inputs), _wide(inputs.k, inputs)
+    z = options.scale * jnp.einsum("BTNH,BSNH->BNTS", q, k)
+    s = z if options.soft_cap is None else options.soft_cap * jnp.tanh(z / options.soft_cap)
+    if inputs.slope is not None:
+        pq, pk = positions(inputs)
+        distance = jnp.abs(pq[:, None, :, None] - pk[:, None, None, :])
+        s = s - inputs.slope[:, None, None] * distance
+    return jnp.where(visible(inputs), s, -jnp.inf)
+
+
+def _wide(x, inputs: Inputs):
+    """In float32 or wider, [B, T | S, N, H]."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.repeat(x, inputs.q.shape[2] // x.shape[2], axis=2)
 
 
 def visible(inputs: Inputs) -> jax.Array:

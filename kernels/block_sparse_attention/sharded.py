@@ -25,14 +25,16 @@ def sharded_block_sparse_attention(
     v: jax.Array,
     mask: BlockMask,
     *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     batch: Axes = None,
     heads: Axes = None,
     **options,
 ):
-    """As `block_sparse_attention`, on the mesh in use; in the same program without one.
+    """As `block_sparse_attention`, on a mesh; in the same program without one.
 
     Args:
         q, k, v, mask, options: as there; tokens are whole on every device.
+        mesh: default the one in use.
         batch: mesh axes over which B is cut, None for none.
         heads: mesh axes over which query and key heads are cut, and with them lists, slopes and sinks that
             differ between heads.
@@ -40,7 +42,7 @@ def sharded_block_sparse_attention(
     Raises:
         UsageError: B or the key heads do not divide by the devices along their axes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty or not (batch or heads):
         return block_sparse_attention(q, k, v, mask, **options)
     for what, n, axes in (("batch entries", q.shape[0], batch), ("key heads", k.shape[2], heads)):
@@ -70,7 +72,8 @@ def sharded_block_sparse_attention(
         return block_sparse_attention(q, k, v, mask if shared else lists, **arrays, **rest)
 
     in_specs = qkv, qkv, qkv, None if shared else _list_specs(mask, rows, heads), specs
-    return jax.shard_map(call, in_specs=in_specs, out_specs=out)(q, k, v, None if shared else mask, arrays)
+    call = jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out)
+    return call(q, k, v, None if shared else mask, arrays)
 
 
 def _names(axes: Axes) -> tuple[str, ...]:

@@ -1,0 +1,275 @@
+"""Every schedule, mask and layout is dense attention, exactly, with its gradients."""
+
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blockjax.kernels.block_sparse_attention import DistanceBias, api, block_sparse_attention, reference
+from blockjax.kernels.block_sparse_attention.spec import Gradients
+from jax.sharding import AxisType
+
+from blockjax.errors import UsageError
+from blockjax.masks import BlockMask, Causal
+from blockjax.parallel.attention import attention
+from blockjax.parallel.layouts import LAYOUTS, Layout, lockstep, work
+from blockjax.parallel.schedules import SCHEDULES
+from tests.kernels.block_sparse_attention_suite import random_blocks
+
+BLOCKS = dict(bq=8, bk=8)
+MASKS = {
+    "causal": lambda T: BlockMask.causal(T, **BLOCKS),
+    "window": lambda T: BlockMask.window(T, left=13, **BLOCKS),
+    "window of both sides": lambda T: BlockMask.window(T, left=7, right=9, **BLOCKS),
+    "full": lambda T: BlockMask.full(T, **BLOCKS),
+    "lists a head": lambda T: BlockMask.from_block_bool(
+        random_blocks(0, 4, T // 8, T // 8), **BLOCKS, predicate=Causal()
+    ),
+    "lists a key head": lambda T: BlockMask.from_block_bool(random_blocks(1, 2, T // 8, T // 8), **BLOCKS),
+    "or": lambda T: (
+        BlockMask.window(T, left=9, **BLOCKS)
+        | BlockMask.from_block_bool(random_blocks(2, 4, T // 8, T // 8), **BLOCKS, predicate=Causal())
+    ),
+}
+DEVICES = 2, 3, 4, 8
+KEY_HEADS = 1, 2, 4
+
+
+def dense_backward(inputs, cotangents, options):
+    """The share of these keys, from the definition."""
+    do, lse, delta = cotangents
+
+    def scores(q, k, slope):
+        return reference.scores(inputs._replace(q=q, k=k, slope=slope), options)
+
+    s, pullback = jax.vjp(scores, inputs.q, inputs.k, inputs.slope)
+    p = jnp.where(s > -jnp.inf, jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), 0)
+    G = inputs.q.shape[2] // inputs.k.shape[2]
+    dv = jnp.einsum("BNTS,BTNH->BSNH", p, do)
+    dv = dv.reshape(*inputs.v.shape[:3], G, -1).sum(3)
+    dp = jnp.einsum("BTNH,BSNH->BNTS", do, jnp.repeat(inputs.v, G, 2))
+    dq, dk, dslope = pullback(p * (dp - delta[..., None]))
+    return Gradients(dq, dk, dv, dslope)
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Shards are dense where schedules are tested: compiled in a fraction of the time."""
+    if "real" in request.keywords:
+        return
+    dense = types.SimpleNamespace(**vars(reference) | dict(backward_pass=dense_backward))
+    monkeypatch.setattr(api, "BACKENDS", {"dense": dense, "reference": reference})
+
+
+@functools.cache
+def mesh_of(P):
+    return jax.make_mesh((P,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:P])
+
+
+def make(mask, N, K, B=2, H=4):
+    rng = np.random.default_rng(0)
+    shapes = (B, mask.T, N, H), (B, mask.S, K, H), (B, mask.S, K, H), (B, mask.T, N, H), (B, N, mask.T)
+    *qkv, do, dlse = (jnp.asarray(rng.normal(size=shape), "float32") for shape in shapes)
+    return qkv, (do, dlse)
+
+
+def both(call, inputs, cotangents, learned=None):
+    """`(o, lse)` and gradients."""
+
+    def run(inputs, learned):
+        extra = dict(learned)
+        bias = DistanceBias(extra.pop("slope")) if "slope" in extra else None
+        return call(*inputs, bias=bias, return_lse=True, **extra)
+
+    @jax.jit
+    def f(inputs, cotangents, learned):
+        out, pullback = jax.vjp(run, inputs, learned)
+        return out, pullback(cotangents)
+
+    return f(inputs, cotangents, learned or {})
+
+
+def compare(P, mask, N=4, K=2, learned=None, arrays=None, options=None, **how):
+    inputs, cotangents = make(mask, N, K)
+    shared = dict(mask=mask, **(arrays or {}), **(options or {}))
+    ours = both(functools.partial(attention, mesh=mesh_of(P), **how, **shared), inputs, cotangents, learned)
+    whole = functools.partial(block_sparse_attention, implementation="reference", **shared)
+    exact = both(whole, inputs, cotangents, learned)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b[np.isfinite(b)]).max(initial=0)), rtol=0)
+    return ours
+
+
+ALL = [
+    case
+    for case in itertools.product(SCHEDULES, LAYOUTS, MASKS, DEVICES, KEY_HEADS)
+    if case[0] != "halo" or (case[1] == "contiguous" and "window" in case[2] and case[3] < 8)
+    if not ("key head" in case[2] and case[4] == 1)
+]
+# Each schedule, layout and number of devices, with masks and heads in turn.
+SOME = {case[:2] + case[3:4]: case for i in range(len(ALL)) for case in [ALL[i * 37 % len(ALL)]]}.values()
+
+
+@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), SOME)
+def test_equals_dense(schedule, layout, mask, P, K):
+    compare(P, MASKS[mask](16 * P), K=K, schedule=schedule, layout=layout)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), [x for x in ALL if x not in SOME])
+def test_equals_dense_everywhere(schedule, layout, mask, P, K):
+    compare(P, MASKS[mask](16 * P), K=K, schedule=schedule, layout=layout)
+
+
+IDS = np.sort(np.random.default_rng(0).integers(-1, 4, (2, 64)))
+OPTIONS = {
+    "documents": dict(arrays=dict(q_segment_ids=IDS)),
+    "positions": dict(arrays=dict(q_positions=np.arange(64) // 2, kv_positions=np.arange(64) // 2)),
+    "soft cap and scale": dict(options=dict(soft_cap=1.5, scale=0.7)),
+    "sinks": dict(learned=dict(sinks=jnp.array([-1.0, 0.0, 2.0, 9.0]))),
+    "bias": dict(learned=dict(slope=jnp.array([0.01, 0.1, 0.5, 2.0]))),
+}
+
+
+@pytest.mark.parametrize("schedule", [x for x in SCHEDULES if x != "halo"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, schedule):
+    mask = MASKS["or"](64)
+    if name == "positions":
+        mask = BlockMask.from_predicate(Causal(), 64, **BLOCKS, prune=False)
+    compare(4, mask, schedule=schedule, layout="zigzag", **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", [x for x in OPTIONS if x != "positions"])
+def test_options_of_the_halo(name):
+    compare(4, MASKS["window"](64), schedule="halo", **OPTIONS[name])
+
+
+@pytest.mark.parametrize("schedule", [x for x in SCHEDULES if x != "halo"])
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_lengths_that_divide_by_nothing(schedule, layout):
+    mask = BlockMask.causal(75, 93, bq=16, bk=8, q_offset=18)
+    compare(4, mask, schedule=schedule, layout=layout, learned=dict(slope=jnp.full(4, 0.1)))
+
+
+def test_halo_of_a_ragged_length():
+    compare(3, BlockMask.window(50, left=9, right=4, **BLOCKS), schedule="halo")
+
+
+@pytest.mark.parametrize("schedule", ["ring", "two_stream_ring", "all_gather"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
+@pytest.mark.parametrize(("P", "ulysses"), [(4, 4), (8, 2)])
+def test_ulysses(P, ulysses, heads, schedule, layout):
+    N, K = heads
+    T = 16 * P
+    mask = BlockMask.from_block_bool(random_blocks(0, N, T // 8, T // 8), **BLOCKS, predicate=Causal())
+    arrays = dict(q_segment_ids=np.sort(np.random.default_rng(0).integers(-1, 4, (2, T))))
+    learned = dict(slope=jnp.geomspace(0.5, 0.01, N))
+    compare(P, mask, N, K, learned, arrays, schedule=schedule, layout=layout, ulysses=ulysses)
+
+
+@pytest.mark.parametrize("schedule", [x for x in SCHEDULES if x != "halo"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_masks_made_inside_jit(schedule, layout):
+    inputs, (do, _) = make(BlockMask.causal(64, **BLOCKS), 4, 2)
+    blocks = random_blocks(3, 4, 8, 8)
+
+    def loss(call, q, k, v, left, blocks):
+        window = BlockMask.window(64, left=left, **BLOCKS)
+        lists = BlockMask.from_block_bool(blocks, **BLOCKS, predicate=Causal())
+        return sum(jnp.sum(call(q, k, v, mask) * do) for mask in (window, lists))
+
+    def gradients(call):
+        return jax.jit(jax.grad(functools.partial(loss, call), (0, 1, 2)))(*inputs, 20, blocks)
+
+    ours = gradients(functools.partial(attention, mesh=mesh_of(4), schedule=schedule, layout=layout))
+    exact = gradients(functools.partial(block_sparse_attention, implementation="reference"))
+    for a, b in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_shards_computed_by_the_op(schedule):
+    layout = "contiguous" if schedule == "halo" else "zigzag"
+    compare(4, MASKS["window"](128), schedule=schedule, layout=layout)
+    if schedule != "halo":
+        compare(4, MASKS["or"](64), schedule=schedule, layout=layout)
+
+
+@pytest.mark.real
+def test_one_device_is_the_op_bit_for_bit():
+    mask = MASKS["or"](64)
+    inputs, cotangents = make(mask, 4, 2)
+    ours = both(functools.partial(attention, mesh=mesh_of(1), mask=mask), inputs, cotangents)
+    alone = both(functools.partial(block_sparse_attention, mask=mask), inputs, cotangents)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def permutes(P, mask, **how):
+    """Collective permutes of a forward, and of forward and backward."""
+    inputs, (do, _) = make(mask, 4, 2)
+    call = functools.partial(attention, mesh=mesh_of(P), mask=mask, **how)
+    forward = str(jax.make_jaxpr(call)(*inputs))
+    backward = str(jax.make_jaxpr(lambda *x: jax.vjp(call, *x)[1](do))(*inputs))
+    return forward.count("ppermute["), backward.count("ppermute[")
+
+
+def test_sends_are_as_many_as_the_schedule_says():
+    P, T = 4, 64
+    causal, window = MASKS["causal"](T), MASKS["window"](T)
+    # Keys and values go to P - 1 others. In the backward so do they, and their gradients come home as well.
+    assert permutes(P, causal, schedule="ring") == (2 * 3, 2 * 3 + (2 * 3 + 2 * 3))
+    # Both ways: half of the heads each in the backward.
+    assert permutes(P, causal, schedule="two_stream_ring") == (2 * 3, 2 * 3 + 2 * (2 * 3 + 2 * 3))
+    # q goes out, o and lse come home; then q, do, lse and delta, and dq comes home: of each half of the heads.
+    assert permutes(P, causal, schedule="token_ring") == (2 * 9, 2 * 9 + 2 * (4 * 3 + 3))
+    assert permutes(P, causal, schedule="token_ring_direct") == (9, 9 + 4 * 3 + 3)
+    # A window of 13 tokens reaches one place of 16: other hops do not happen.
+    assert permutes(P, window, schedule="ring") == (2, 2 + 2 + 2)
+    assert permutes(P, window, schedule="halo") == (2, 2 + 2 + 2)
+    assert permutes(P, causal, schedule="all_gather") == (0, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [64, 61])
+def test_layouts_are_permutations_that_can_be_undone(layout, length):
+    found = Layout.of(layout, length, 4, 8, BlockMask.causal(length, **BLOCKS))
+    assert sorted(found.order.ravel()) == list(range(found.order.size))
+    x = np.random.default_rng(0).normal(size=(2, length, 3)).astype("float32")
+    np.testing.assert_array_equal(found.restore(found.apply(x)), x)
+
+
+def test_layouts_balance_a_causal_mask():
+    mask = BlockMask.causal(1024, **BLOCKS)
+    tables = {name: work(mask, *[Layout.of(name, 1024, 4, 8, mask)] * 2) for name in LAYOUTS}
+    for table in tables.values():
+        assert table.sum() == mask.counts_per_row().sum()
+    assert lockstep(tables["contiguous"]) == pytest.approx(5 / 8, abs=0.01)
+    assert all(lockstep(tables[name]) > 0.95 for name in ("zigzag", "striped", "balanced"))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(schedule="rings"), "Unknown schedule 'rings'"),
+        (dict(layout="zag"), "Unknown layout 'zag'"),
+        (dict(axis="rows"), "The mesh has no axis 'rows'; its axes are: seq"),
+        (dict(ulysses=3), "ulysses=3 does not divide the 4 devices"),
+        (
+            dict(schedule="halo", layout="zigzag"),
+            "schedule='halo' cannot serve this call: it needs the layout",
+        ),
+        (dict(schedule="halo", mask=MASKS["causal"](64)), "no longer than a shard"),
+        (dict(heads=("seq",)), "2 key heads do not divide over seq=4"),
+    ],
+)
+def test_refused_with_the_reason(how, words):
+    inputs, _ = make(MASKS["window"](64), 4, 2)
+    with pytest.raises(UsageError, match=words):
+        attention(*inputs, **dict(mask=MASKS["window"](64), mesh=mesh_of(4)) | how)
