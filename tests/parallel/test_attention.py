@@ -107,7 +107,7 @@ ALL = [
     case
     for case in itertools.product(SCHEDULES, LAYOUTS, MASKS, DEVICES, KEY_HEADS)
     if case[0] != "halo" or (case[1] == "contiguous" and "window" in case[2] and case[3] < 8)
-    if not ("key head" in case[2] and case[4] == 1)
+    if "key head" not in case[2] or case[4] == 2
 ]
 # Each schedule, layout and number of devices, with masks and heads in turn.
 SOME = {case[:2] + case[3:4]: case for i in range(len(ALL)) for case in [ALL[i * 37 % len(ALL)]]}.values()
@@ -227,7 +227,7 @@ def test_sends_are_as_many_as_the_schedule_says():
     assert permutes(P, causal, schedule="ring") == (2 * 3, 2 * 3 + (2 * 3 + 2 * 3))
     # Both ways: half of the heads each in the backward.
     assert permutes(P, causal, schedule="two_stream_ring") == (2 * 3, 2 * 3 + 2 * (2 * 3 + 2 * 3))
-    # q goes out, o and lse come home; then q, do, lse and delta, and dq comes home: of each half of the heads.
+    # q goes out, o and lse come home; then q, do, lse and delta, and dq comes home: of each half of heads.
     assert permutes(P, causal, schedule="token_ring") == (2 * 9, 2 * 9 + 2 * (4 * 3 + 3))
     assert permutes(P, causal, schedule="token_ring_direct") == (9, 9 + 4 * 3 + 3)
     # A window of 13 tokens reaches one place of 16: other hops do not happen.
@@ -250,7 +250,8 @@ def test_layouts_balance_a_causal_mask():
     tables = {name: work(mask, *[Layout.of(name, 1024, 4, 8, mask)] * 2) for name in LAYOUTS}
     for table in tables.values():
         assert table.sum() == mask.counts_per_row().sum()
-    assert lockstep(tables["contiguous"]) == pytest.approx(5 / 8, abs=0.01)
+    # Of 32 blocks a place, a diagonal shard lists 33 / 64; the first hop costs that, each other one all.
+    assert lockstep(tables["contiguous"]) == pytest.approx((6 + 4 * 33 / 64) / (4 * (3 + 33 / 64)))
     assert all(lockstep(tables[name]) > 0.95 for name in ("zigzag", "striped", "balanced"))
 
 
