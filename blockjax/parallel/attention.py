@@ -1,6 +1,7 @@
 """`attention`: `block_sparse_attention` with the sequence shared out over a mesh axis."""
 
 import functools
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ from blockjax.kernels.block_sparse_attention import RESIDUAL, DistanceBias, Tile
 from blockjax.kernels.block_sparse_attention.api import checked, merge_sinks
 from blockjax.kernels.block_sparse_attention.passes import delta
 from blockjax.kernels.block_sparse_attention.sharded import Axes, sharded_block_sparse_attention
+from blockjax.kernels.platforms import target
 from blockjax.masks import BlockMask, Lists, lengthen
 from blockjax.masks.predicates import is_concrete
 from blockjax.parallel.circulate import Ring
 from blockjax.parallel.layouts import Layout, work
 from blockjax.parallel.schedules import SCHEDULES
 from blockjax.parallel.shards import Job, Keys, Queries, Statistics
+from blockjax.parallel.traffic import choose
 
 
 def attention(
@@ -33,7 +36,7 @@ def attention(
     *,
     mesh: jax.sharding.Mesh | None = None,
     axis: str = "seq",
-    schedule: str = "ring",
+    schedule: str = "auto",
     layout: str = "contiguous",
     ulysses: int = 1,
     batch: Axes = None,
@@ -56,7 +59,8 @@ def attention(
         q, k, v, mask: as there, in the order of the sequence; likewise all arrays of tokens.
         mesh: default the mesh in use.
         axis: the mesh axis over which T and S are cut.
-        schedule: what moves where, a key of `SCHEDULES`.
+        schedule: what moves where, a key of `SCHEDULES`; or `auto`: of those that keep the sequence cut, the
+            one that sends least in each pass, which is logged with the counts.
         layout: which blocks each device holds, a key of `LAYOUTS`.
         ulysses: this many consecutive devices first exchange tokens for heads (arXiv:2309.14509), and the
             schedule runs over groups of them; the size of the axis for nothing but that.
@@ -81,8 +85,8 @@ def attention(
             kv_segment_ids=kv_segment_ids, q_positions=q_positions, kv_positions=kv_positions,
             bias=bias, sinks=sinks, return_lse=return_lse, **options,
         )  # fmt: skip
-    if schedule not in SCHEDULES:
-        raise UsageError(f"Unknown schedule {schedule!r}.{nearest(schedule, SCHEDULES)}")
+    if schedule not in ("auto", *SCHEDULES):
+        raise UsageError(f"Unknown schedule {schedule!r}.{nearest(schedule, ('auto', *SCHEDULES))}")
     inputs, sinks = checked(
         q, k, v, mask, q_segment_ids, kv_segment_ids, q_positions, kv_positions, bias, sinks
     )
@@ -158,7 +162,7 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
     places = len(uses) // cut.ulysses
     uses = uses.reshape(places, cut.ulysses, places, cut.ulysses).any((1, 3))
     static = _Static(
-        schedule, cut.ulysses, Ring(cut.axis, places, cut.ulysses, uses), tree, known,
+        (schedule, schedule), cut.ulysses, Ring(cut.axis, places, cut.ulysses, uses), tree, known,
         q_layout.blocks(mask.bq), kv_layout.blocks(mask.bk), options,
     )  # fmt: skip
     rows = P(cut.batch, cut.axis, cut.heads)
@@ -176,6 +180,9 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
         None if inputs.slope is None else P(cut.heads),
         P(),
     )
+    if schedule == "auto":
+        shapes = _shapes(cut, (queries, keys, inputs.slope, ()), in_specs)
+        static = replace(static, schedules=_choose(static, shapes, traced))
     local = jax.shard_map(
         functools.partial(_local, static), mesh=cut.mesh, in_specs=in_specs,
         out_specs=(rows, P(cut.batch, cut.heads, cut.axis)), check_vma=False,
@@ -198,7 +205,7 @@ def _lay_lists(mask: BlockMask, layout: Layout):
 class _Static:
     """What the devices know of a call before it is traced."""
 
-    schedule: str
+    schedules: tuple[str, str]  # forward and backward
     ulysses: int
     ring: Ring
     tree: Any
@@ -213,10 +220,45 @@ class _Static:
         places = self.ring.size
         blocks = (x.reshape(places, -1) for x in (self.q_blocks, self.kv_blocks))
         job = Job(self.ring, mask, *blocks, slope, self.options)
-        reason = SCHEDULES[self.schedule].refuses(job)
-        if reason is not None:
-            raise UsageError(f"schedule={self.schedule!r} cannot serve this call: {reason}.")
+        for name in set(self.schedules) - {"auto"}:
+            if (reason := SCHEDULES[name].refuses(job)) is not None:
+                raise UsageError(f"schedule={name!r} cannot serve this call: {reason}.")
         return job
+
+
+def _choose(static: _Static, shapes, traced) -> tuple[str, str]:
+    queries, keys, slope, _ = shapes
+    counts = choose(static.job(slope, traced), queries, keys, linked=target().platform == "gpu")
+    names = tuple(next(iter(counts[way])) for way in ("forward", "backward"))
+    said = "; ".join(
+        f"{way} {', '.join(f'{name} {size / 2**20:.3g}' for name, size in found.items())}"
+        for way, found in counts.items()
+    )
+    _log_choice(static.ring.size, names, said)
+    return names
+
+
+@functools.cache
+def _log_choice(places: int, names: tuple[str, str], counts: str) -> None:
+    """Cached, so that each choice is said once."""
+    logging.getLogger(__name__).info(
+        "attention over %d places: %s forward, %s backward; MiB a device sends: %s", places, *names, counts
+    )
+
+
+def _shapes(cut: _Cut, arrays, specs):
+    """Of one device's parts, once heads are exchanged for tokens."""
+
+    def shape(x, spec):
+        parts = [math.prod(cut.mesh.shape[a] for a in _names(entry)) for entry in spec]
+        sizes = [n // (parts[i] if i < len(parts) else 1) for i, n in enumerate(x.shape)]
+        if x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating):
+            sizes[1], sizes[2] = sizes[1] * cut.ulysses, max(1, sizes[2] // cut.ulysses)
+        elif x.ndim == 2:
+            sizes[1] *= cut.ulysses
+        return jax.ShapeDtypeStruct(tuple(sizes), x.dtype)
+
+    return jax.tree.map(shape, arrays, (*specs[:-1], ()))
 
 
 def _local(static: _Static, queries: Queries, keys: Keys, slope, traced):
@@ -277,7 +319,7 @@ def _attend(static: _Static, queries: Queries, keys: Keys, slope, traced):
 
 def _forward(static, queries, keys, slope, traced):
     job = static.job(slope, traced)
-    o, lse = SCHEDULES[static.schedule].forward(job, queries, keys)
+    o, lse = SCHEDULES[static.schedules[0]].forward(job, queries, keys)
     o, lse = o.astype(queries.q.dtype), lse.swapaxes(1, 2)
     q, k, v, o, lse = (checkpoint_name(x, RESIDUAL) for x in (queries.q, keys.k, keys.v, o, lse))
     kept = queries._replace(q=q), keys._replace(k=k, v=v), slope, traced, o, lse
@@ -288,7 +330,7 @@ def _backward(static, kept, cotangents):
     queries, keys, slope, traced, o, lse = kept
     do, dlse = cotangents
     statistics = Statistics(do, lse, delta(do, o, dlse))
-    schedule = SCHEDULES[static.schedule]
+    schedule = SCHEDULES[static.schedules[1]]
     (dq, dslope), (dk, dv) = schedule.backward(static.job(slope, traced), queries, keys, statistics)
     dq, dk, dv = (d.astype(x.dtype) for d, x in ((dq, queries.q), (dk, keys.k), (dv, keys.v)))
     nothing = functools.partial(jax.tree.map, lambda _: None)

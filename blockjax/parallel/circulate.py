@@ -54,6 +54,20 @@ class Ring:
         fills = jax.tree.map(lambda _: empty, x) if not isinstance(empty, tuple) else empty
         return jax.tree.map(lambda a, fill: a if fill == 0 else jnp.where(some, a, fill), x, fills)
 
+    def gather(self, x: jax.Array) -> jax.Array:
+        """What all places hold, one after the other along axis 1."""
+        return lax.all_gather(x, self.axis, axis=1, tiled=True, **self._groups())
+
+    def scatter(self, x: jax.Array) -> jax.Array:
+        """The sum over places of each one's part of x along axis 1: the transpose of `gather`."""
+        return lax.psum_scatter(x, self.axis, scatter_dimension=1, tiled=True, **self._groups())
+
+    def _groups(self) -> dict:
+        if self.stride == 1:
+            return {}
+        groups = [[place * self.stride + i for place in range(self.size)] for i in range(self.stride)]
+        return dict(axis_index_groups=groups)
+
 
 @dataclass(frozen=True)
 class Trip:

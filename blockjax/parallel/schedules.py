@@ -6,7 +6,6 @@ Each is two functions of one place's shards, which run inside `shard_map`:
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -139,8 +138,7 @@ class AllGather:
             (dq, dslope), dkv = own.backward(
                 q, self.gather(own, k), own.piece(q.lists, own.ring.place, None), stats
             )
-            scatter = partial(lax.psum_scatter, axis_name=own.ring.axis, scatter_dimension=1, tiled=True)
-            found.append((dq, dslope, *map(partial(scatter, **_groups(own)), dkv)))
+            found.append((dq, dslope, *map(own.ring.scatter, dkv)))
         dq, dslope, dk, dv = zip(*found, strict=True)
         dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
         return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
@@ -154,18 +152,7 @@ class AllGather:
 
     @staticmethod
     def gather(job: Job, keys: Keys) -> Keys:
-        whole = partial(lax.all_gather, axis_name=job.ring.axis, axis=1, tiled=True, **_groups(job))
-        return jax.tree.map(whole, keys)
-
-
-def _groups(job: Job) -> dict:
-    """The devices of one ring, where several lie along the axis."""
-    ring = job.ring
-    if ring.stride == 1:
-        return {}
-    return dict(
-        axis_index_groups=[[p * ring.stride + i for p in range(ring.size)] for i in range(ring.stride)]
-    )
+        return jax.tree.map(job.ring.gather, keys)
 
 
 @dataclass(frozen=True)

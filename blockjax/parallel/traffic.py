@@ -1,0 +1,118 @@
+"""What a schedule sends, counted by running it without computing anything, and the choice by these counts."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blockjax.parallel.circulate import Ring
+from blockjax.parallel.schedules import SCHEDULES
+from blockjax.parallel.shards import Job, Keys, Queries, Statistics
+
+
+class Send(NamedTuple):
+    """`bytes` that a device sends `by` places on, mean over devices; 0 places: to all others, both ways."""
+
+    by: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All sends of one pass of one device."""
+
+    sends: tuple[Send, ...]
+    places: int
+
+    @property
+    def injected(self) -> float:
+        """Bytes that leave a device: what counts where every device is linked to every other."""
+        return sum(x.bytes for x in self.sends)
+
+    @property
+    def busiest(self) -> float:
+        """Bytes over a link in the busier direction, of a ring of neighbours: each send occupies its way."""
+        ways = [0.0, 0.0]
+        for by, size in self.sends:
+            if by == 0:
+                ways = [way + size / 2 for way in ways]
+            else:
+                near = (by + self.places // 2) % self.places - self.places // 2
+                ways[near > 0] += abs(near) * size
+        return max(ways)
+
+
+@dataclass(frozen=True, eq=False)
+class _DryRing(Ring):
+    sent: list = field(default_factory=list)
+
+    @property
+    def place(self):
+        return 0
+
+    def shift(self, x, by, senders, empty=0):
+        self.sent.append(Send(by, sum(map(_bytes, jax.tree.leaves(x))) * float(senders.mean())))
+        return x
+
+    def gather(self, x):
+        self.sent.append(Send(0, _bytes(x) * (self.size - 1)))
+        return jnp.concatenate([x] * self.size, 1)
+
+    def scatter(self, x):
+        self.sent.append(Send(0, _bytes(x) * (self.size - 1) / self.size))
+        return x[:, : x.shape[1] // self.size]
+
+
+def _bytes(x) -> int:
+    return x.size * x.dtype.itemsize
+
+
+class _DryJob(Job):
+    def piece(self, lists, q_place, kv_place):
+        return None
+
+    def forward(self, queries, keys, mask):
+        B, T, N, _ = queries.q.shape
+        return jnp.zeros((B, T, N, keys.v.shape[-1])), jnp.zeros((B, T, N))
+
+    def backward(self, queries, keys, mask, statistics):
+        slope = None if self.slope is None else jnp.zeros(self.slope.shape)
+        return (jnp.zeros(queries.q.shape), slope), (jnp.zeros(keys.k.shape), jnp.zeros(keys.v.shape))
+
+
+def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -> Traffic:
+    """Of a pass by the schedule of this name; arrays or their shapes are those of one device."""
+    ring = _DryRing(**{f: getattr(job.ring, f) for f in ("axis", "size", "stride", "uses")})
+    B, T, N, _ = queries.q.shape
+    do = jax.ShapeDtypeStruct((B, T, N, keys.v.shape[-1]), queries.q.dtype)
+    lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    statistics = (Statistics(do, lse, lse),) if backward else ()
+
+    def run(slope, queries, keys, *statistics):
+        dry = _DryJob(**{**vars(job), "ring": ring, "slope": slope})
+        schedule = SCHEDULES[name]
+        return (schedule.backward if backward else schedule.forward)(dry, queries, keys, *statistics)
+
+    jax.eval_shape(run, job.slope, queries, keys, *statistics)
+    return Traffic(tuple(ring.sent), job.ring.size)
+
+
+AUTO = ("halo", "two_stream_ring", "ring", "token_ring", "token_ring_direct")
+"""What `choose` chooses from; of equals the first. Gathering all keys is left to those who ask for it."""
+
+
+def choose(job: Job, queries: Queries, keys: Keys, linked: bool) -> dict[str, dict[str, float]]:
+    """Bytes of each schedule that serves the call, by pass: `{"forward": {name: bytes}, "backward": ...}`.
+
+    The least comes first. `linked`: every device is linked to every other, else they are a ring.
+    """
+    found = {}
+    for way in ("forward", "backward"):
+        counts = {}
+        for name in AUTO:
+            if SCHEDULES[name].refuses(job) is None:
+                sent = traffic(name, job, queries, keys, backward=way == "backward")
+                counts[name] = sent.injected if linked else sent.busiest
+        found[way] = dict(sorted(counts.items(), key=lambda item: item[1]))
+    return found

@@ -1,0 +1,101 @@
+"""What is counted is what is sent, and what the formulas of the schedules say."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blockjax.masks import BlockMask
+from blockjax.parallel import attention as attention_module
+from blockjax.parallel.attention import attention
+from blockjax.parallel.circulate import Ring
+from blockjax.parallel.layouts import Layout, work
+from blockjax.parallel.shards import Job, Keys, Queries
+from blockjax.parallel.traffic import choose, traffic
+from tests.jaxprs import equations
+
+MIB = 2**20
+
+
+def shards(P, mask, N, K, H, dtype="bfloat16", B=1):
+    """A job over P places, and the shapes of one place's queries and keys."""
+    layout = Layout.of("contiguous", mask.T, P, mask.bq)
+    uses = work(mask, layout, layout) > 0
+    blocks = layout.blocks(mask.bq)
+    job = Job(Ring("seq", P, 1, uses), mask, blocks, blocks, None, {})
+    n = mask.T // P
+    q, k = (jax.ShapeDtypeStruct((B, n, heads, H), dtype) for heads in (N, K))
+    return job, Queries(q, None, None, None), Keys(k, k, None, None)
+
+
+@pytest.mark.parametrize(("K", "one_way"), [(32, 896), (8, 224), (1, 28)])
+def test_bytes_are_those_of_the_formulas(K, one_way):
+    """Eight places of 8192 tokens, 32 query heads of 128, bfloat16."""
+    parts = shards(8, BlockMask.full(8 * 8192), 32, K, 128)
+
+    def busiest(name, backward=False):
+        return traffic(name, *parts, backward).busiest / MIB
+
+    assert busiest("ring") == pytest.approx(one_way)
+    assert busiest("all_gather") == pytest.approx(one_way / 2)
+    assert busiest("two_stream_ring") == pytest.approx(one_way * 4 / 7), "an even ring ends with one stream"
+    # Queries and float32 results make 7 hops, the local result none; half of the heads go each way.
+    T, N, H = 8192, 32, 128
+    queries = 7 * (2 * T * N * H + 4 * T * N * H + 4 * T * N)
+    assert busiest("token_ring") * MIB == pytest.approx(queries / (1 if K % 2 else 2))
+    # Keys and values, and their float32 gradients: 4 and 8 bytes a feature.
+    assert busiest("ring", backward=True) * MIB == pytest.approx(7 * (4 + 8) * T * K * H)
+
+
+def test_halo_sends_the_window():
+    parts = shards(8, BlockMask.window(8 * 8192, left=4096), 32, 8, 128)
+    # 4095 tokens before a shard are 32 blocks of 128; the first place receives none.
+    assert traffic("halo", *parts, False).injected == 4096 * 8 * 128 * 2 * 2 * 7 / 8
+
+
+@pytest.mark.parametrize("name", ["ring", "two_stream_ring", "token_ring", "token_ring_direct", "halo"])
+@pytest.mark.parametrize("left", [40, 12])
+def test_counted_is_sent(name, left):
+    P, mask = 4, BlockMask.window(64, left=min(left, 13) if name == "halo" else left, bq=8, bk=8)
+    job, queries, keys = shards(P, mask, 4, 2, 8, "float32", B=2)
+    arrays = [jnp.zeros((2, 64, n, 8)) for n in (4, 2, 2, 4)]
+    mesh = jax.make_mesh((P,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:P])
+    call = functools.partial(attention, mask=mask, mesh=mesh, schedule=name)
+
+    def sent(f, *args):
+        permutes = [e for e in equations(jax.make_jaxpr(f)(*args).jaxpr) if e.primitive.name == "ppermute"]
+        return sum(e.invars[0].aval.size * 4 * len(e.params["perm"]) / P for e in permutes)
+
+    forward = sent(call, *arrays[:3])
+    both = sent(lambda q, k, v, do: jax.vjp(call, q, k, v)[1](do), *arrays)
+    assert traffic(name, job, queries, keys, False).injected == forward
+    assert traffic(name, job, queries, keys, True).injected == both - forward
+
+
+def test_the_least_is_chosen_and_said(caplog):
+    mask = BlockMask.causal(64, bq=8, bk=8)
+    mesh = jax.make_mesh((4,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    attention_module._log_choice.cache_clear()
+    q, k = jnp.zeros((1, 64, 4, 8)), jnp.zeros((1, 64, 1, 8))
+    with caplog.at_level(logging.INFO):
+        jax.eval_shape(functools.partial(attention, mask=mask, mesh=mesh), q, k, k)
+    assert "attention over 4 places: two_stream_ring forward, two_stream_ring backward; MiB" in caplog.text
+
+
+@pytest.mark.parametrize(("K", "mover"), [(8, "two_stream_ring"), (32, "token_ring")])
+def test_queries_move_in_the_backward_of_as_many_key_heads(K, mover):
+    """4 + 8 bytes a feature of keys and values against 4 + 4 of queries: even at one and a half heads."""
+    parts = shards(8, BlockMask.causal(8 * 1024), 32, K, 128)
+    assert next(iter(choose(*parts, linked=False)["backward"])) == mover
+
+
+def test_what_no_one_uses_is_not_sent():
+    mask = BlockMask.causal(64, bq=8, bk=8)
+    job, queries, keys = shards(4, mask, 4, 4, 8)
+    sends = traffic("ring", job, queries, keys, False).sends
+    # Of a causal mask, the last place's keys go nowhere, those of the first to all others.
+    assert [x.bytes / (keys.k.size * 2 * 2) for x in sends] == [3 / 4, 2 / 4, 1 / 4]
+    assert np.array_equal(job.ring.uses, np.tril(np.ones((4, 4), bool)))
