@@ -18,13 +18,14 @@ from blockjax.kernels.block_sparse_attention import RESIDUAL, DistanceBias, Tile
 from blockjax.kernels.block_sparse_attention.api import checked, merge_sinks
 from blockjax.kernels.block_sparse_attention.passes import delta
 from blockjax.kernels.block_sparse_attention.sharded import Axes, sharded_block_sparse_attention
+from blockjax.kernels.block_sparse_attention.spec import Cotangents
 from blockjax.kernels.platforms import target
 from blockjax.masks import BlockMask, Lists, lengthen
 from blockjax.masks.predicates import is_concrete
 from blockjax.parallel.circulate import Ring
 from blockjax.parallel.layouts import Layout, work
 from blockjax.parallel.schedules import SCHEDULES
-from blockjax.parallel.shards import Job, Keys, Queries, Statistics
+from blockjax.parallel.shards import Job, Keys, Queries
 from blockjax.parallel.traffic import choose
 
 
@@ -329,7 +330,7 @@ def _forward(static, queries, keys, slope, traced):
 def _backward(static, kept, cotangents):
     queries, keys, slope, traced, o, lse = kept
     do, dlse = cotangents
-    statistics = Statistics(do, lse, delta(do, o, dlse))
+    statistics = Cotangents(do, lse, delta(do, o, dlse))
     schedule = SCHEDULES[static.schedules[1]]
     (dq, dslope), (dk, dv) = schedule.backward(static.job(slope, traced), queries, keys, statistics)
     dq, dk, dv = (d.astype(x.dtype) for d, x in ((dq, queries.q), (dk, keys.k), (dv, keys.v)))

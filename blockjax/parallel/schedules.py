@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from blockjax import partials
+from blockjax.kernels.block_sparse_attention.spec import Cotangents
 from blockjax.masks import Between, Ranges
 from blockjax.parallel.circulate import Trip, circulate
-from blockjax.parallel.shards import Job, Keys, Queries, Statistics, add, heads
+from blockjax.parallel.shards import Job, Keys, Queries, add, heads
 
 
 class Leg(NamedTuple):
@@ -83,7 +84,7 @@ class Circulating:
             return partials.fold(found)
         return tuple(jnp.concatenate(x, 2) for x in zip(*found, strict=True))
 
-    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Statistics):
+    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):
         def run(leg: Leg):
             own, q, k, stats = (heads(x, leg.cut) for x in (job, queries, keys, statistics))
 
@@ -132,7 +133,7 @@ class AllGather:
             found.append(own.forward(q, self.gather(own, k), own.piece(q.lists, own.ring.place, None)))
         return tuple(jnp.concatenate(x, 2) for x in zip(*found, strict=True))
 
-    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Statistics):
+    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):
         found = []
         for own, q, k, stats in self.parts(job, queries, keys, statistics):
             (dq, dslope), dkv = own.backward(
@@ -182,7 +183,7 @@ class Halo:
     def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
         return job.forward(queries, self.widen(job, keys), self.piece(job))
 
-    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Statistics):
+    def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):
         dq, dkv = job.backward(queries, self.widen(job, keys), self.piece(job), statistics)
         before, after = (n * job.mask.bk for n in self.reach(job))
         S = keys.k.shape[1]

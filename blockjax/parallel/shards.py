@@ -33,14 +33,6 @@ class Keys(NamedTuple):
     positions: jax.Array | None
 
 
-class Statistics(NamedTuple):
-    """What a backward pass needs of each query beside itself; see `spec.Cotangents`. `lse` is [B, N, T]."""
-
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
     """One call inside `shard_map`: what all its shards have in common.
@@ -92,17 +84,17 @@ class Job:
         o, lse = backend.forward_pass(inputs, options)
         return o.astype(lse.dtype), lse.swapaxes(1, 2)
 
-    def backward(self, queries: Queries, keys: Keys, mask: BlockMask, statistics: Statistics):
+    def backward(self, queries: Queries, keys: Keys, mask: BlockMask, statistics: Cotangents):
         """These keys' share of the gradients, float32: `(dq, dslope), (dk, dv)`."""
         inputs = self.inputs(queries, keys, mask)
         backend, options = select(inputs, **self.options)
-        dq, dk, dv, dslope = backend.backward_pass(inputs, Cotangents(*statistics), options)
+        dq, dk, dv, dslope = backend.backward_pass(inputs, statistics, options)
         dq, dk, dv = (x.astype(statistics.lse.dtype) for x in (dq, dk, dv))
         return (dq, dslope), (dk, dv)
 
 
 def heads(x, cut: Callable):
-    """A job, Queries, Keys or Statistics of some heads: `cut(array, axis)` takes their part of each."""
+    """A job, Queries, Keys or Cotangents of some heads: `cut(array, axis)` takes their part of each."""
     match x:
         case Job():
             return replace(x, slope=None if x.slope is None else cut(x.slope, 0))
@@ -112,8 +104,8 @@ def heads(x, cut: Callable):
             return Queries(cut(q, 2), ids, positions, lists)
         case Keys(k, v, ids, positions):
             return Keys(cut(k, 2), cut(v, 2), ids, positions)
-        case Statistics(do, lse, delta):
-            return Statistics(cut(do, 2), cut(lse, 1), cut(delta, 1))
+        case Cotangents(do, lse, delta):
+            return Cotangents(cut(do, 2), cut(lse, 1), cut(delta, 1))
     raise TypeError(type(x))
 
 

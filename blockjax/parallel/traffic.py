@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blockjax.kernels.block_sparse_attention.spec import Cotangents
 from blockjax.parallel.circulate import Ring
 from blockjax.parallel.schedules import SCHEDULES
-from blockjax.parallel.shards import Job, Keys, Queries, Statistics
+from blockjax.parallel.shards import Job, Keys, Queries
 
 
 class Send(NamedTuple):
@@ -87,7 +88,7 @@ def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -
     B, T, N, _ = queries.q.shape
     do = jax.ShapeDtypeStruct((B, T, N, keys.v.shape[-1]), queries.q.dtype)
     lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    statistics = (Statistics(do, lse, lse),) if backward else ()
+    statistics = (Cotangents(do, lse, lse),) if backward else ()
 
     def run(slope, queries, keys, *statistics):
         dry = _DryJob(**{**vars(job), "ring": ring, "slope": slope})
