@@ -1,6 +1,6 @@
 """Times training steps of a 375M decoder beside compiled PyTorch, on one GPU.
 
-    python experiments/train_speed.py [--case dense] [--batch 4] [--remat dots] [--stack unroll] [--profile]
+    python experiments/train_speed.py [--case dense] [--batch 4] [--remat matmuls] [--stack scan] [--profile]
 
 The decoder: 24 layers of width 1024, 8 heads of 128, SwiGLU of 2816, 32768 tokens, untied; sequences of 8192
 random tokens, float32 parameters, bfloat16 compute, AdamW. `window` gives three of four layers a window of
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--case", nargs="+", default=["torch", *PATTERNS], choices=["torch", *PATTERNS])
     parser.add_argument("--batch", nargs="+", type=int, default=[4], metavar="B")
-    parser.add_argument("--remat", nargs="+", default=["dots"], help="of ours: none, dots or full")
+    parser.add_argument("--remat", nargs="+", default=["matmuls"], help="of ours, see `models.config`")
     parser.add_argument("--stack", nargs="+", default=["unroll"], help="of ours: scan or unroll")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import DepthQueries, Stream
 from blockjax.depth.stream import weight_table
@@ -35,18 +36,24 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
 Probe = Callable[[jax.Array, jax.Array, LayerSpec, jax.Array | None], Any]
 
+MATMUL_INPUT = "matmul_input"
+
+
+def _keep(*names: str) -> Callable:
+    """Keeps what is so named and what matmuls with weights (those without batch dimensions) result in."""
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(*names)
+    policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+    return functools.partial(jax.checkpoint, policy=policy)
+
+
 # What the backward of a period keeps: everything, the inputs, or also what attention works on and what
-# matmuls with weights (those without batch dimensions) result in.
+# matmuls result in, or read, too.
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
     "full": jax.checkpoint,
-    "dots": functools.partial(
-        jax.checkpoint,
-        policy=jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(RESIDUAL),
-        ),
-    ),
+    "dots": _keep(RESIDUAL),
+    "matmuls": _keep(RESIDUAL, MATMUL_INPUT),
 }
 
 
@@ -129,7 +136,8 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = jnp.einsum("BTM,MF->BTF", x, self.gate[...].astype(x.dtype))
         up = jnp.einsum("BTM,MF->BTF", x, self.up[...].astype(x.dtype))
-        return jnp.einsum("BTF,FM->BTM", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+        product = checkpoint_name(jax.nn.silu(gate) * up, MATMUL_INPUT)
+        return jnp.einsum("BTF,FM->BTM", product, self.down[...].astype(x.dtype))
 
 
 class Block(nnx.Module):
@@ -144,8 +152,8 @@ class Block(nnx.Module):
     def sublayers(self, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[Sublayer, Sublayer]:
         """What the layer adds to the residual stream, as functions of what it reads from it."""
         return (
-            lambda h: self.attention(self.attention_norm(h), rope, attend),
-            lambda h: self.mlp(self.mlp_norm(h)),
+            lambda h: self.attention(checkpoint_name(self.attention_norm(h), MATMUL_INPUT), rope, attend),
+            lambda h: self.mlp(checkpoint_name(self.mlp_norm(h), MATMUL_INPUT)),
         )
 
 

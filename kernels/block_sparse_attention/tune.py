@@ -21,7 +21,7 @@ from rich.table import Table
 
 from blockjax.errors import UsageError
 
-ROUNDS = 7
+ROUNDS, CALLS = 5, 8
 TOLERANCE = 2e-2
 """Of outputs and gradients in bfloat16, relative to their norm, from one choice of tiles to another."""
 
@@ -77,22 +77,23 @@ def tune(args, console: Console):
         choices = dict.fromkeys([getattr(best, kernel), *backend.CHOICES[kernel]])
         choices = [x for x in choices if backend.tiles_fit(spec, best._replace(**{kernel: x})) is None]
         table = Table("tiles", "ms", title=f"{name}, {kernel}" + (" (with the rest)" if times else ""))
-        found, expected = {}, None
+        runs, refused, expected = {}, {}, None
         for choice in track(choices, f"tuning {kernel}", console=console, transient=True):
             f = compiled(kernel, best._replace(**{kernel: choice}))
             try:
                 result = jax.tree.leaves(f(q, k, v, do))
             except Exception as error:  # what a compiler refuses is not a candidate
-                table.add_row("{}x{}".format(*choice), f"refused: {str(error).splitlines()[0][:80]}")
+                refused[choice] = f"refused: {str(error).splitlines()[0][:80]}"
                 continue
             expected = result if expected is None else expected
-            if not all(map(_close, result, expected)):
-                table.add_row("{}x{}".format(*choice), "wrong")
-                continue
-            (found[choice],) = bench.interleaved(
-                [(functools.partial(f, q, k, v, do), jax.block_until_ready)], ROUNDS
-            )
-            table.add_row("{}x{}".format(*choice), f"{found[choice]:.3f}")
+            if all(map(_close, result, expected)):
+                runs[choice] = functools.partial(f, q, k, v, do), jax.block_until_ready
+            else:
+                refused[choice] = "wrong"
+        # In turns: a device that has just begun to work is slower, or faster, than later.
+        found = dict(zip(runs, bench.interleaved([*runs.values()], ROUNDS, CALLS), strict=True))
+        for choice in choices:
+            table.add_row("{}x{}".format(*choice), refused.get(choice) or f"{found[choice]:.3f}")
         console.print(table)
         fastest = min(found, key=found.get)
         best, times[kernel] = best._replace(**{kernel: fastest}), round(found[fastest], 4)
