@@ -16,6 +16,8 @@ from blockjax.errors import UsageError, nearest
 from blockjax.locality import Locality
 from blockjax.masks.predicates import array_module
 from blockjax.models.layer_spec import LayerSpec, unstack
+from blockjax.parallel.layouts import LAYOUTS, Layout
+from blockjax.parallel.schedules import SCHEDULES
 
 DTYPES = ("float32", "bfloat16", "float64")  # the last to compare with oracles
 STACKS = ("scan", "bucket", "unroll")
@@ -50,6 +52,7 @@ class TransformerConfig:
       attention_block: rows and columns of a mask block, in tokens.
       dtype: of activations and matmuls; parameters are float32.
       remat: what the backward recomputes, a key of `transformer.REMAT`.
+      schedule, layout, ulysses: how attention runs where the mesh cuts sequences; see `parallel.attention`.
     """
 
     vocab_size: int
@@ -72,6 +75,9 @@ class TransformerConfig:
     attention_block: int = 128
     dtype: str = "bfloat16"
     remat: str = "none"
+    schedule: str = "auto"
+    layout: str = "contiguous"
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         for name in (
@@ -96,11 +102,10 @@ class TransformerConfig:
             raise UsageError(f"model.head_dim={self.head_dim} must be even: RoPE turns pairs of features.")
         if not 0 <= self.soft_cap < math.inf:
             raise UsageError(f"model.soft_cap={self.soft_cap} must be a number >= 0; 0 turns it off.")
-        for name, choices in (("dtype", DTYPES), ("stack", STACKS)):
-            if getattr(self, name) not in choices:
-                raise UsageError(
-                    f"model.{name}={getattr(self, name)!r} must be {' or '.join(map(repr, choices))}."
-                )
+        names = (("model.dtype", DTYPES), ("model.stack", STACKS), ("run.schedule", ("auto", *SCHEDULES)))
+        for key, choices in (*names, ("run.layout", LAYOUTS)):
+            if (value := getattr(self, key.partition(".")[2])) not in choices:
+                raise UsageError(f"{key}={value!r} must be {' or '.join(map(repr, choices))}.")
         windows = [spec for spec in parse_pattern(self.pattern) if not spec.full]
         if self.locality and windows:
             raise UsageError(
@@ -124,6 +129,23 @@ class TransformerConfig:
     def residual_rule(self) -> Residual:
         """The rule of `residual` for this depth."""
         return Residual.parse(self.residual, 2 * self.depth)
+
+    def sequence_layout(self, tokens: int, devices: int) -> Layout:
+        """Which tokens of a sequence lie on each of `devices`, in blocks as large as those of attention.
+
+        Raises:
+          UsageError: they do not divide.
+        """
+        chunks = devices * (2 if self.layout == "zigzag" else 1)
+        block = max(1, min(self.attention_block, tokens // chunks))
+        if tokens % (chunks * block):
+            raise UsageError(
+                f"Sequences of {tokens} tokens do not divide into {chunks} chunks of whole blocks of {block} "
+                f"(layout={self.layout!r} over {devices} devices); change the length, mesh.seq, or "
+                f"model.attention_block={self.attention_block}."
+            )
+        masks = [spec.mask(tokens, block) for spec in self.layers()] if self.layout == "balanced" else ()
+        return Layout.of(self.layout, tokens, devices, block, masks)
 
     def table(self, locality: jax.Array | np.ndarray | float | None = None) -> LayerSpec | None:
         """The layer table with arrays [L] as columns; None where `pattern` sets it.

@@ -26,11 +26,13 @@ from jax.ad_checkpoint import checkpoint_name
 from blockjax.depth import DepthQueries, Stream
 from blockjax.depth.stream import weight_table
 from blockjax.errors import UsageError, nearest
-from blockjax.kernels.block_sparse_attention import RESIDUAL, sharded_block_sparse_attention
+from blockjax.kernels.block_sparse_attention import RESIDUAL
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec
-from blockjax.parallel.mesh import constrain, cut
+from blockjax.parallel.attention import attention
+from blockjax.parallel.layouts import Layout
+from blockjax.parallel.mesh import constrain, cut, mesh_axis, parts
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
@@ -207,7 +209,9 @@ class Transformer(nnx.Module):
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         """Logits [B, T, V] float32 of tokens [B, T] int32; see `hidden`."""
-        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+        hidden = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        layout = self.layout(tokens.shape[1])
+        return self.logits(hidden if layout is None else layout.restore(hidden))
 
     def hidden(
         self,
@@ -227,9 +231,11 @@ class Transformer(nnx.Module):
           locality: of all layers, or [L]; may be traced. Defaults to the schedule of the config.
 
         Returns:
-          [B, T, M] in `config.dtype`.
+          [B, T, M] in `config.dtype`, tokens in the order of `layout(T)`, if there is one: activations do
+          not move between devices only to be in the order of the sequence.
         """
-        return self._forward(tokens, positions, segment_ids, locality)[0]
+        layout = self.layout(tokens.shape[1])
+        return self._forward(tokens, positions, segment_ids, locality, layout)[0]
 
     def inspect(
         self,
@@ -246,27 +252,30 @@ class Transformer(nnx.Module):
           probe: called in each layer as `probe(q, k, spec, ids)`: queries and keys after RoPE, the row
             of the layer table, and its segment ids ([B, T] int32 or None). Returns arrays.
         """
-        return self._forward(tokens, positions, segment_ids, locality, probe, record=True)[1]
+        return self._forward(tokens, positions, segment_ids, locality, None, probe, record=True)[1]
 
-    def _forward(self, tokens, positions, segment_ids, locality, probe=None, record=False):
+    def _forward(self, tokens, positions, segment_ids, locality, layout, probe=None, record=False):
+        lay = (lambda x: x) if layout is None else layout.apply
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = self.segments(tokens, positions)
 
         def attend(spec: LayerSpec, seen: list) -> Attend:
             ids = spec.ids(segment_ids, segments)
+            ids = None if ids is None else lay(ids)
 
             def call(q, k, v):
                 if probe is not None:
                     seen.append(probe(q, k, spec, ids))
-                return self.attend(spec, ids)(q, k, v)
+                return self.attend(spec, ids, layout)(q, k, v)
 
             return call
 
-        stream = self.stream(self.embed(tokens), record=record)
+        stream = self.stream(self.embed(lay(tokens)), record=record)
         # There is no backward to an inspection.
         remat = REMAT["none" if record else self.config.remat]
-        seen = stages.run(self, stream, self.rope(positions), attend, self.config.table(locality), remat)
+        rope, table = self.rope(lay(positions)), self.config.table(locality)
+        seen = stages.run(self, stream, rope, attend, table, remat)
         hidden = self.final_norm(stream.output())
         if not record:
             return hidden, None
@@ -295,21 +304,32 @@ class Transformer(nnx.Module):
         """The residual stream that starts with the embedding x [B, T, M]."""
         return Stream(self.config.residual_rule, self.depth, x, eps=self.config.norm_eps, record=record)
 
-    def attend(self, spec: LayerSpec, ids: jax.Array | None) -> Attend:
-        """Attention of whole sequences; every device has all tokens of its sequences and heads.
+    def layout(self, tokens: int) -> Layout | None:
+        """Which tokens of a sequence lie on each device, where the mesh cuts sequences; else None."""
+        devices = parts("time")
+        return None if devices == 1 else self.config.sequence_layout(tokens, devices)
+
+    def attend(self, spec: LayerSpec, ids: jax.Array | None, layout: Layout | None = None) -> Attend:
+        """Attention of whole sequences.
 
         Args:
           spec: what the layer sees.
-          ids: [B, T] int32 from `spec.ids`, or None.
+          ids: [B, T] int32 from `spec.ids`, or None; in the order of `layout`.
+          layout: in whose order tokens lie; None: in that of the sequence.
         """
+        block = self.config.attention_block if layout is None else layout.block
 
         def attend(q, k, v):
             # What does not divide over the mesh every device computes whole.
-            return sharded_block_sparse_attention(
+            return attention(
                 q,
                 k,
                 v,
-                spec.mask(q.shape[1], self.config.attention_block),
+                spec.mask(q.shape[1], block),
+                axis=mesh_axis("time"),
+                schedule=self.config.schedule,
+                layout=layout or "contiguous",
+                ulysses=self.config.ulysses,
                 batch=cut("batch", q.shape[0]),
                 heads=cut("kv_heads", k.shape[2]),
                 soft_cap=self.config.soft_cap or None,

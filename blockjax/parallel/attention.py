@@ -36,9 +36,9 @@ def attention(
     mask: BlockMask,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    axis: str = "seq",
+    axis: str | None = "seq",
     schedule: str = "auto",
-    layout: str = "contiguous",
+    layout: str | Layout = "contiguous",
     ulysses: int = 1,
     batch: Axes = None,
     heads: Axes = None,
@@ -59,10 +59,11 @@ def attention(
     Args:
         q, k, v, mask: as there, in the order of the sequence; likewise all arrays of tokens.
         mesh: default the mesh in use.
-        axis: the mesh axis over which T and S are cut.
+        axis: the mesh axis over which T and S are cut; None where tokens are whole on every device.
         schedule: what moves where, a key of `SCHEDULES`; or `auto`: of those that keep the sequence cut, the
             one that sends least in each pass, which is logged with the counts.
-        layout: which blocks each device holds, a key of `LAYOUTS`.
+        layout: which blocks each device holds, a key of `LAYOUTS`; or, if arrays of tokens already lie so, a
+            `Layout`, in whose order outputs are then, too. The mask speaks of the sequence in any case.
         ulysses: this many consecutive devices first exchange tokens for heads (arXiv:2309.14509), and the
             schedule runs over groups of them; the size of the axis for nothing but that.
         batch, heads: mesh axes over which B, and query and key heads, are cut.
@@ -75,10 +76,10 @@ def attention(
         UsageError: what does not divide, or a schedule that cannot serve the call, with the reason.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if axis not in mesh.axis_names:
+    if axis is not None and axis not in mesh.axis_names:
         axes = ", ".join(mesh.axis_names) or "none"
         raise UsageError(f"The mesh has no axis {axis!r}; its axes are: {axes}.")
-    devices = mesh.shape[axis]
+    devices = 1 if axis is None else mesh.shape[axis]
     options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation, config=config)
     if devices == 1:
         return sharded_block_sparse_attention(
@@ -92,12 +93,20 @@ def attention(
         q, k, v, mask, q_segment_ids, kv_segment_ids, q_positions, kv_positions, bias, sinks
     )
     cut = _Cut.of(mesh, axis, ulysses, batch, heads, inputs)
-    block = math.lcm(mask.bq, mask.bk)
-    q_layout = Layout.of(layout, mask.T, devices, block, mask)
-    kv_layout = q_layout if mask.S == mask.T else Layout.of(layout, mask.S, devices, block, None)
+    arranged = isinstance(layout, Layout)
+    if arranged:
+        layout.check(mask, devices)
+        q_layout = kv_layout = layout
+    else:
+        block = math.lcm(mask.bq, mask.bk)
+        q_layout = Layout.of(layout, mask.T, devices, block, [mask])
+        kv_layout = q_layout if mask.S == mask.T else Layout.of(layout, mask.S, devices, block)
+        inputs = _lay(inputs, q_layout, kv_layout)
     uses = work(mask, q_layout, kv_layout)
     uses = np.ones((devices, devices)) if uses is None else uses
     o, lse = _shard(cut, schedule, q_layout, kv_layout, uses > 0, inputs, options)
+    if not arranged:
+        o, lse = q_layout.restore(o), q_layout.restore(lse, axis=2)
     if sinks is not None:
         o, lse = merge_sinks(o, lse, sinks)
     return (o, lse) if return_lse else o
@@ -135,25 +144,22 @@ def _names(axes: Axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+def _lay(inputs, q_layout: Layout, kv_layout: Layout):
+    """The arrays of tokens in the order of the devices, padded."""
+    layouts = dict(q=q_layout, kv=kv_layout, k=kv_layout, v=kv_layout)
+    laid = {}
+    for name, x in inputs._asdict().items():
+        layout = layouts.get(name.partition("_")[0])
+        if layout is not None and x is not None:
+            laid[name] = layout.apply(x, fill=-1 if name.endswith("segment_ids") else 0)
+    return inputs._replace(**laid)
+
+
 def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, inputs, options):
-    """Lays the arrays out, and calls `_local` on each device's part."""
+    """Calls `_local` on each device's part of arrays in the order of the devices."""
     mask = lengthen(inputs.mask, q_layout.tokens, kv_layout.tokens)
-
-    def lay(layout, x, fill=0):
-        return None if x is None else layout.apply(x, fill=fill)
-
-    queries = Queries(
-        lay(q_layout, inputs.q),
-        lay(q_layout, inputs.q_segment_ids, -1),
-        lay(q_layout, inputs.q_positions),
-        _lay_lists(mask, q_layout),
-    )
-    keys = Keys(
-        lay(kv_layout, inputs.k),
-        lay(kv_layout, inputs.v),
-        lay(kv_layout, inputs.kv_segment_ids, -1),
-        lay(kv_layout, inputs.kv_positions),
-    )
+    queries = Queries(inputs.q, inputs.q_segment_ids, inputs.q_positions, _lay_lists(mask, q_layout))
+    keys = Keys(inputs.k, inputs.v, inputs.kv_segment_ids, inputs.kv_positions)
     if isinstance(mask, Lists):
         mask = replace(mask, index=None, tag=None, counts=None)
     leaves, tree = jax.tree.flatten(mask)
@@ -188,8 +194,7 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
         functools.partial(_local, static), mesh=cut.mesh, in_specs=in_specs,
         out_specs=(rows, P(cut.batch, cut.heads, cut.axis)), check_vma=False,
     )  # fmt: skip
-    o, lse = local(queries, keys, inputs.slope, traced)
-    return q_layout.restore(o), q_layout.restore(lse, axis=2)
+    return local(queries, keys, inputs.slope, traced)
 
 
 def _lay_lists(mask: BlockMask, layout: Layout):

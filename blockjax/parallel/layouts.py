@@ -6,7 +6,8 @@ section 3.3.2) and by `striped` (blocks dealt round: Striped Attention, arXiv:23
 `contiguous`, whose keys are at most a neighbour away; `balanced` fits a given mask.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -31,18 +32,18 @@ class Layout:
     length: int
 
     @staticmethod
-    def of(name: str, length: int, devices: int, block: int, mask: BlockMask | None = None) -> "Layout":
-        """`contiguous`, `zigzag`, `striped`, or `balanced` for a mask; blocks are those of the mask.
+    def of(name: str, length: int, devices: int, block: int, masks: Sequence[BlockMask] = ()) -> "Layout":
+        """`contiguous`, `zigzag`, `striped`, or `balanced` for masks of blocks that divide `block`.
 
         Raises:
-            UsageError: the name is unknown, or `balanced` has no mask whose values are known.
+            UsageError: the name is unknown, or `balanced` has no masks whose values are known.
         """
         if name not in LAYOUTS:
             raise UsageError(f"Unknown layout {name!r}.{nearest(name, LAYOUTS)}")
         blocks = -(-length // block)
         per_device = -(-blocks // devices)
         per_device += name == "zigzag" and per_device % 2
-        order = LAYOUTS[name](devices, per_device, _weights(mask, block, devices * per_device))
+        order = LAYOUTS[name](devices, per_device, _weights(masks, block, devices * per_device))
         return Layout(name, order.astype(np.int32), block, length)
 
     @property
@@ -53,6 +54,21 @@ class Layout:
     def tokens(self) -> int:
         """With padding, on all devices."""
         return self.order.size * self.block
+
+    def check(self, mask: BlockMask, devices: int) -> None:
+        """Raises UsageError unless arrays of this mask may lie so, without padding."""
+        block = math.lcm(mask.bq, mask.bk)
+        if not (self.tokens == self.length == mask.T == mask.S) or self.devices != devices:
+            raise UsageError(
+                f"Arrays that lie on {self.devices} devices as a layout of {self.length} tokens, "
+                f"{self.tokens - self.length} of them padding, cannot serve a mask of T={mask.T} and "
+                f"S={mask.S} over {devices} devices; give the layout's name to have them laid out."
+            )
+        if self.block % block:
+            raise UsageError(
+                f"A layout of blocks of {self.block} tokens would cut through those of the mask, "
+                f"{mask.bq} x {mask.bk}."
+            )
 
     @property
     def consecutive(self) -> bool:
@@ -68,8 +84,9 @@ class Layout:
         """An array over the sequence's tokens in the order of the devices, padded with `fill`."""
         if x.shape[axis] != self.length:
             raise UsageError(f"The layout is for {self.length} tokens, but axis {axis} of {x.shape} differs.")
-        widths = [(0, self.tokens - self.length) if i == axis else (0, 0) for i in range(x.ndim)]
-        x = jnp.pad(x, widths, constant_values=fill)
+        if self.tokens > self.length:
+            widths = [(0, self.tokens - self.length) if i == axis else (0, 0) for i in range(x.ndim)]
+            x = jnp.pad(x, widths, constant_values=fill)
         return x if self.consecutive else self._take(x, self.order.ravel(), axis)
 
     def restore(self, x: jax.Array, axis: int = 1) -> jax.Array:
@@ -101,7 +118,7 @@ def _striped(P: int, n: int, weights) -> np.ndarray:
 def _balanced(P: int, n: int, weights: np.ndarray | None) -> np.ndarray:
     """The heaviest block left goes to the device with the least work that has room."""
     if weights is None:
-        raise UsageError("The layout 'balanced' needs a mask whose values are known; 'striped' does not.")
+        raise UsageError("The layout 'balanced' needs masks whose values are known; 'striped' does not.")
     held, load = [[] for _ in range(P)], np.zeros(P)
     for block in np.argsort(-weights, kind="stable"):
         least = min((p for p in range(P) if len(held[p]) < n), key=lambda p: load[p])
@@ -110,13 +127,17 @@ def _balanced(P: int, n: int, weights: np.ndarray | None) -> np.ndarray:
     return np.sort(np.array(held), 1)
 
 
-def _weights(mask: BlockMask | None, block: int, blocks: int) -> np.ndarray | None:
-    """Key blocks listed by each of the layout's blocks, [blocks]; None if they are not known."""
-    if mask is None or not is_concrete(mask):
+def _weights(masks: Sequence[BlockMask], block: int, blocks: int) -> np.ndarray | None:
+    """Pairs of a query and a key in what each of the layout's blocks lists, [blocks]; None if not known."""
+    if not masks or not all(map(is_concrete, masks)):
         return None
-    rows = np.asarray(mask.counts_per_row(), float).mean((0, 1))
-    per_block = block // mask.bq
-    return np.pad(rows, (0, blocks * per_block - len(rows))).reshape(blocks, per_block).sum(1)
+    weights = np.zeros(blocks)
+    for mask in masks:
+        rows = np.asarray(mask.counts_per_row(), float).mean((0, 1)) * mask.bq * mask.bk
+        per_block = block // mask.bq
+        rows = np.pad(rows, (0, blocks * per_block - len(rows)))
+        weights += rows.reshape(blocks, per_block).sum(1)
+    return weights
 
 
 LAYOUTS: dict[str, Callable] = {

@@ -103,6 +103,12 @@ def parts(name: str) -> int:
     return 1 if mesh.empty else _parts(mesh, partition_spec((name,))[0])
 
 
+def mesh_axis(name: str) -> str | None:
+    """The one axis of the mesh in use along which a logical axis lies; None without a mesh."""
+    (axis,) = dict(RULES)[name]
+    return None if jax.sharding.get_abstract_mesh().empty else axis
+
+
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """Pins an activation to its place on the mesh in use; nothing without one."""
     if jax.sharding.get_abstract_mesh().empty:

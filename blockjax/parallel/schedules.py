@@ -2,7 +2,8 @@
 
 Each is two functions of one place's shards, which run inside `shard_map`:
 `forward(job, queries, keys) -> (o, lse)`, a partial over all keys, and
-`backward(job, queries, keys, statistics) -> (dq, dslope), (dk, dv)`, float32.
+`backward(job, queries, keys, statistics) -> (dq, dslope), (dk, dv)`, float32. `refuses(job)` is a reason or
+None, and `rounds(job, K, backward)` how many transfers of a pass wait for one another.
 """
 
 from dataclasses import dataclass, replace
@@ -46,6 +47,13 @@ class Circulating:
 
     def refuses(self, job: Job) -> str | None:
         return None
+
+    def rounds(self, job: Job, K: int, backward: bool) -> int:
+        """Transfers that wait for one another: the visits, and what must then come home."""
+        home = backward or self.moving == "queries"
+        return max(
+            len(leg.trip.offsets) + (home and bool(leg.trip.offsets)) for leg in self.legs(job, K, backward)
+        )
 
     def legs(self, job: Job, K: int, backward: bool) -> list[Leg]:
         P = job.ring.size
@@ -127,6 +135,10 @@ class AllGather:
     def refuses(self, job: Job) -> str | None:
         return None
 
+    def rounds(self, job: Job, K: int, backward: bool) -> int:
+        """To gather, and to scatter gradients; the second waits for the first of the same heads only."""
+        return 1 + backward
+
     def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
         found = []
         for own, q, k, _ in self.parts(job, queries, keys):
@@ -166,6 +178,9 @@ class Halo:
         if self.reach(job) is None:
             return "the window must be known before tracing and be no longer than a shard"
         return None
+
+    def rounds(self, job: Job, K: int, backward: bool) -> int:
+        return 1 + backward
 
     def reach(self, job: Job) -> tuple[int, int] | None:
         """Blocks needed of the place before and of the one after; None if not known or too many."""

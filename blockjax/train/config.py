@@ -37,6 +37,7 @@ POSITIVE_INTEGERS = (
     "data.batch_size",
     "run.steps",
     "run.accumulate",
+    "run.ulysses",
     "run.log_every",
     "run.eval_sequences",
     "run.keep_checkpoints",
@@ -71,11 +72,16 @@ RANGES = (
 )
 
 
+HOW = ("remat", "schedule", "layout", "ulysses")
+"""Fields of the model config that are said in `run`: how it is computed, not what."""
+
+
 def base_config(size: str = "nano") -> ConfigDict:
     """All keys with their defaults, and a model of a size from `models.PRESETS`."""
     fields = dataclasses.asdict(preset(size))
-    # Set by the tokenizer, `run.remat` and `data.seq_len`.
-    del fields["vocab_size"], fields["remat"], fields["context"]
+    # Set by the tokenizer, `data.seq_len` and `run`.
+    for key in ("vocab_size", "context", *HOW):
+        del fields[key]
     return ConfigDict(
         dict(
             seed=0,  # of parameters and of the order of data
@@ -116,6 +122,9 @@ def base_config(size: str = "nano") -> ConfigDict:
                 steps=1000,  # updates, over all starts
                 accumulate=1,  # microbatches a step
                 remat="none",  # or dots, matmuls, full
+                schedule="auto",  # what attention sends over mesh.seq: or ring, token_ring, halo, ...
+                layout="contiguous",  # of a sequence over mesh.seq: or zigzag, striped, balanced
+                ulysses=1,  # devices of mesh.seq that exchange tokens for heads
                 log_every=10,  # steps
                 eval_every=200,  # steps; 0: only at the end
                 eval_sequences=64,  # of the validation split
@@ -200,7 +209,7 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
     """Checks keys, types, names and numbers before anything is prepared or compiled.
 
     Returns:
-      The model config with `vocab_size`, `run.remat` and `data.seq_len` filled in.
+      The model config, with `vocab_size`, `data.seq_len` and what `run` says of the model filled in.
 
     Raises:
       UsageError: an unknown or missing key, a value of another type, an unknown name, or numbers that
@@ -228,9 +237,8 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
             f"run.accumulate={config.run.accumulate} microbatches; make one a multiple of the other."
         )
     make_schedule(config.optimizer, config.run.steps)
-    model = TransformerConfig(
-        **config.model, vocab_size=vocab_size, remat=config.run.remat, context=config.data.seq_len
-    )
+    how = {key: config.run[key] for key in HOW}
+    model = TransformerConfig(**config.model, vocab_size=vocab_size, **how, context=config.data.seq_len)
     warmup = config.optimizer.locality_warmup
     if warmup and (not model.locality or model.stack == "bucket"):
         raise UsageError(
@@ -268,6 +276,8 @@ def check_mesh(config: ConfigDict, mesh) -> None:
                 f"{key}={sizes[key]} does not divide over mesh.{axis}={mesh.shape[axis]} devices; "
                 "change one of them."
             )
+    if mesh.shape["seq"] > 1:
+        check(config).sequence_layout(config.data.seq_len, mesh.shape["seq"])
 
 
 def check_profile(span: Sequence[str | int] | None, steps: int) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -65,17 +66,19 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _reduce(hidden, head, targets, z_loss, gradients=False):
     """What `cross_entropy` returns, and the gradients of the loss by hidden and head, or None."""
-    B, T, _ = hidden.shape
-    size = chunk_size(max(1, B // parts("batch")), T, head.shape[1])
+    B, T, M = hidden.shape
+    # Every device takes a chunk of its own tokens at a time.
+    P = math.gcd(T, parts("time"))
+    size = chunk_size(max(1, B // parts("batch")), T // P, head.shape[1])
     weight = head.astype(hidden.dtype)
 
     def chunk(carry, inputs):
         sums, dhead = carry
         h, target = inputs
-        logits = jnp.einsum("BTM,MV->BTV", h, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BPTM,MV->BPTV", h, weight, preferred_element_type=jnp.float32)
         lse = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum rather than a gather: it stays local when V is sharded.
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
+        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3) == target[..., None]
         picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         counts = target >= 0
         new = LossSums(
@@ -88,14 +91,17 @@ def _reduce(hidden, head, targets, z_loss, gradients=False):
             by_lse = jnp.where(counts, 1 + 2 * z_loss * lse, 0.0)
             dlogits = jnp.exp(logits - lse[..., None]) * by_lse[..., None] - (hit & counts[..., None])
             dlogits = dlogits.astype(h.dtype)
-            dhead += jnp.einsum("BTM,BTV->MV", h, dlogits, preferred_element_type=jnp.float32)
-            dh = jnp.einsum("BTV,MV->BTM", dlogits, weight)
+            dhead += jnp.einsum("BPTM,BPTV->MV", h, dlogits, preferred_element_type=jnp.float32)
+            dh = jnp.einsum("BPTV,MV->BPTM", dlogits, weight)
         return (jax.tree.map(jnp.add, sums, new), dhead), dh
 
-    cut = lambda x: x.reshape(B, T // size, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    def cut(x):
+        """[chunks, B, P, size, ...]"""
+        return jnp.moveaxis(x.reshape(B, P, T // P // size, size, *x.shape[2:]), 2, 0)
+
     zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
     start = zero, jnp.zeros(head.shape, jnp.float32) if gradients else None
     (sums, dhead), dhidden = jax.lax.scan(chunk, start, (cut(hidden), cut(targets)))
     if gradients:
-        dhidden = dhidden.swapaxes(0, 1).reshape(hidden.shape)
+        dhidden = jnp.moveaxis(dhidden, 0, 2).reshape(B, T, M)
     return (sums.nats + z_loss * sums.squared_lse, sums), (dhidden, dhead)

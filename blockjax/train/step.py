@@ -39,7 +39,9 @@ def batch_loss(
     """`cross_entropy` of a batch with at least `BATCH_KEYS`; `locality` as in `Transformer.hidden`."""
     model = nnx.merge(graph, params)
     hidden = model.hidden(batch["tokens"], **context(batch), locality=locality)
-    return cross_entropy(hidden, model.head_weight(), batch["targets"], z_loss)
+    targets, layout = batch["targets"], model.layout(batch["targets"].shape[1])
+    targets = targets if layout is None else layout.apply(targets)
+    return cross_entropy(hidden, model.head_weight(), targets, z_loss)
 
 
 def context(batch: Batch) -> dict[str, jax.Array]:

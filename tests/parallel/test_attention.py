@@ -239,7 +239,7 @@ def test_sends_are_as_many_as_the_schedule_says():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("length", [64, 61])
 def test_layouts_are_permutations_that_can_be_undone(layout, length):
-    found = Layout.of(layout, length, 4, 8, BlockMask.causal(length, **BLOCKS))
+    found = Layout.of(layout, length, 4, 8, [BlockMask.causal(length, **BLOCKS)])
     assert sorted(found.order.ravel()) == list(range(found.order.size))
     x = np.random.default_rng(0).normal(size=(2, length, 3)).astype("float32")
     np.testing.assert_array_equal(found.restore(found.apply(x)), x)
@@ -247,7 +247,7 @@ def test_layouts_are_permutations_that_can_be_undone(layout, length):
 
 def test_layouts_balance_a_causal_mask():
     mask = BlockMask.causal(1024, **BLOCKS)
-    tables = {name: work(mask, *[Layout.of(name, 1024, 4, 8, mask)] * 2) for name in LAYOUTS}
+    tables = {name: work(mask, *[Layout.of(name, 1024, 4, 8, [mask])] * 2) for name in LAYOUTS}
     for table in tables.values():
         assert table.sum() == mask.counts_per_row().sum()
     # Of 32 blocks a place, a diagonal shard lists 33 / 64; the first hop costs that, each other one all.
