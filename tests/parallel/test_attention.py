@@ -274,3 +274,36 @@ def test_refused_with_the_reason(how, words):
     inputs, _ = make(MASKS["window"](64), 4, 2)
     with pytest.raises(UsageError, match=words):
         attention(*inputs, **dict(mask=MASKS["window"](64), mesh=mesh_of(4)) | how)
+
+
+def test_arrays_that_lie_so_already_are_not_moved():
+    P, mask = 4, BlockMask.causal(64, **BLOCKS)
+    layout = Layout.of("zigzag", 64, P, 8)
+    (q, k, v), _ = make(mask, 4, 2)
+    ids = jnp.asarray(np.repeat([[0, 1], [3, 3]], 32, axis=1), jnp.int32)
+    call = functools.partial(attention, mask=mask, mesh=mesh_of(P), return_lse=True)
+
+    def arranged(q, k, v, ids):
+        return call(q, k, v, layout=layout, q_segment_ids=ids, kv_segment_ids=ids)
+
+    o, lse = jax.jit(arranged)(*map(layout.apply, (q, k, v, ids)))
+    expected = jax.jit(functools.partial(call, layout="zigzag"))(
+        q, k, v, q_segment_ids=ids, kv_segment_ids=ids
+    )
+    np.testing.assert_allclose(layout.restore(o), expected[0], atol=1e-6)
+    np.testing.assert_allclose(layout.restore(lse, axis=2), expected[1], atol=1e-6)
+    moves = {"gather", "dynamic_slice", "transpose"}
+    outside = jax.make_jaxpr(arranged)(q, k, v, ids).jaxpr.eqns
+    assert "shard_map" in {e.primitive.name for e in outside}
+    assert not moves & {e.primitive.name for e in outside}
+
+
+@pytest.mark.parametrize(
+    ("length", "P", "block", "match"),
+    [(60, 4, 8, "4 of them padding"), (64, 2, 8, "over 4 devices"), (64, 4, 4, "4 tokens would cut")],
+)
+def test_a_layout_that_does_not_fit_is_refused(length, P, block, match):
+    mask = BlockMask.causal(length, **BLOCKS)
+    (q, k, v), _ = make(mask, 4, 2)
+    with pytest.raises(UsageError, match=match):
+        attention(q, k, v, mask, mesh=mesh_of(4), layout=Layout.of("contiguous", length, P, block))

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from blockjax.masks import BlockMask
-from blockjax.parallel import attention as attention_module
-from blockjax.parallel.attention import attention
+from blockjax.parallel.attention import _log_choice, attention
 from blockjax.parallel.circulate import Ring
 from blockjax.parallel.layouts import Layout, work
 from blockjax.parallel.shards import Job, Keys, Queries
@@ -78,7 +77,7 @@ def test_counted_is_sent(name, left):
 def test_the_least_is_chosen_and_said(caplog):
     mask = BlockMask.causal(64, bq=8, bk=8)
     mesh = jax.make_mesh((4,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
-    attention_module._log_choice.cache_clear()
+    _log_choice.cache_clear()
     q, k = jnp.zeros((1, 64, 4, 8)), jnp.zeros((1, 64, 1, 8))
     with caplog.at_level(logging.INFO):
         jax.eval_shape(functools.partial(attention, mask=mask, mesh=mesh), q, k, k)
