@@ -82,7 +82,15 @@ class Trip:
     local: Literal["first", "last"] | None = "first"
 
 
-def circulate(ring: Ring, trip: Trip, part: Tree, visit: Callable, fold: Callable, empty: Tree = 0):
+def circulate(
+    ring: Ring,
+    trip: Trip,
+    part: Tree,
+    visit: Callable,
+    fold: Callable,
+    empty: Tree = 0,
+    narrow: Callable = lambda x: x,
+):
     """Sends `part` around; returns what this device folded, and what came back for its own part.
 
     Args:
@@ -90,6 +98,7 @@ def circulate(ring: Ring, trip: Trip, part: Tree, visit: Callable, fold: Callabl
             either result may be None.
         fold: of two results, here or back.
         empty: what a result that has met nothing is.
+        narrow: makes of a result what goes straight home, where it is widened again.
     """
     results: list[Tree] = [None, None]
 
@@ -108,7 +117,8 @@ def circulate(ring: Ring, trip: Trip, part: Tree, visit: Callable, fold: Callabl
         here, back = visit(moving, offset)
         take(here)
         if back is not None and trip.home == "direct":
-            take(None, ring.shift(back, -offset, np.roll(live[i], offset), empty))
+            arrived = ring.shift(narrow(back), -offset, np.roll(live[i], offset), empty)
+            take(None, jax.tree.map(lambda a, b: a.astype(b.dtype), arrived, back))
         elif back is not None:
             if following is not None:
                 arrived = ring.shift(following, offset - at, np.roll(met, at), empty)

@@ -83,7 +83,15 @@ class Circulating:
                 return None, own.forward(part, k, own.piece(part.lists, *_places(own, offset, "queries")))
 
             part = k if self.moving == "keys" else q
-            here, back = circulate(own.ring, leg.trip, part, visit, partials.merge, empty=(0, -jnp.inf))
+            here, back = circulate(
+                own.ring,
+                leg.trip,
+                part,
+                visit,
+                partials.merge,
+                empty=(0, -jnp.inf),
+                narrow=rounded(q.q.dtype),
+            )
             return here if self.moving == "keys" else back
 
         legs = self.legs(job, keys.k.shape[2], backward=False)
@@ -105,7 +113,7 @@ class Circulating:
                 return (dkv, dslope), dq
 
             part = k if self.moving == "keys" else (q, stats)
-            here, back = circulate(own.ring, leg.trip, part, visit, add)
+            here, back = circulate(own.ring, leg.trip, part, visit, add, narrow=rounded(q.q.dtype))
             if self.moving == "keys":
                 return here, back
             dkv, dslope = here
@@ -117,6 +125,11 @@ class Circulating:
             return (dq, dslope), (dk, dv)
         dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
         return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
+
+
+def rounded(dtype):
+    """Outputs and gradients, not statistics, as the kernels rounded them: nothing is lost on the wire."""
+    return lambda x: jax.tree.map(lambda a: a.astype(dtype) if a.ndim == 4 else a, x)
 
 
 def _places(job: Job, offset: int, moving: str):

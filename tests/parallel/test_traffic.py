@@ -45,6 +45,10 @@ def test_bytes_are_those_of_the_formulas(K, one_way):
     T, N, H = 8192, 32, 128
     queries = 7 * (2 * T * N * H + 4 * T * N * H + 4 * T * N)
     assert busiest("token_ring") * MIB == pytest.approx(queries / (1 if K % 2 else 2))
+    # Straight home goes what the kernels rounded to bfloat16, with float32 statistics.
+    direct = traffic("token_ring_direct", *parts, False), traffic("token_ring_direct", *parts, True)
+    assert direct[0].injected == 7 * (2 * T * N * H + 2 * T * N * H + 4 * T * N)
+    assert direct[1].injected == 7 * (4 * T * N * H + 8 * T * N + 2 * T * N * H)
     # Keys and values, and their float32 gradients: 4 and 8 bytes a feature.
     assert busiest("ring", backward=True) * MIB == pytest.approx(7 * (4 + 8) * T * K * H)
 
