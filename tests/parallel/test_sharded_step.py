@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from blockjax.parallel import make_mesh, partition_spec
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
 from blockjax.train.step import batch_loss
+from tests.hlo import collectives
 from tests.models.tiny import random_params, tiny_config
 
 # Half the time to compile.
@@ -109,42 +109,6 @@ def test_loss_and_gradients_are_those_of_one_device(name, config):
     ):
         np.testing.assert_allclose(g, e, atol=1e-5 * max(1, np.abs(e).max()), err_msg=str(path))
         assert np.abs(e).max() > 1e-5
-
-
-COLLECTIVE = re.compile(
-    r"= (?P<result>.*?) (?P<op>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
-
-
-def collectives(text):
-    """`(op, shapes, depth)` of each collective, where depth counts the loops around it."""
-    bodies = {}
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if header:
-            name = bodies["entry"] = header[2]
-            bodies[name] = []
-        elif bodies:
-            bodies[name].append(line)
-    depths, todo = {}, [(bodies.pop("entry"), 0)]  # the entry comes last
-    while todo:
-        name, depth = todo.pop()
-        if depths.get(name, -1) < depth:
-            depths[name] = depth
-            for line in bodies[name]:
-                callees = [c for c in re.findall(r"%([\w.-]+)", line) if c in bodies]
-                todo += [(callee, depth + (" while(" in line)) for callee in callees]
-    found = []
-    for name, depth in depths.items():
-        for line in bodies[name]:
-            match = COLLECTIVE.search(line)
-            if match:
-                shapes = re.findall(r"\w+\[([\d,]*)\]", match["result"])
-                found.append(
-                    (match["op"], [tuple(map(int, filter(None, s.split(",")))) for s in shapes], depth)
-                )
-    return found
 
 
 @pytest.mark.parametrize("name", MESHES)

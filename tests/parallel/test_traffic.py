@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from blockjax.parallel.circulate import Ring
 from blockjax.parallel.layouts import Layout, work
 from blockjax.parallel.shards import Job, Keys, Queries
 from blockjax.parallel.traffic import choose, traffic
+from tests.hlo import collectives
 from tests.jaxprs import equations
 
 MIB = 2**20
@@ -76,6 +79,35 @@ def test_counted_is_sent(name, left):
     both = sent(lambda q, k, v, do: jax.vjp(call, q, k, v)[1](do), *arrays)
     assert traffic(name, job, queries, keys, False).injected == forward
     assert traffic(name, job, queries, keys, True).injected == both - forward
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["ring", "two_stream_ring", "token_ring", "token_ring_direct", "halo"])
+def test_compiled_programs_send_that_and_hold_no_more(name):
+    """Collective permutes alone, of the bytes that are counted, and nothing of tokens x tokens."""
+    P, T = 4, 384
+    mask = BlockMask.window(T, left=13, bq=8, bk=8) if name == "halo" else BlockMask.causal(T, bq=8, bk=8)
+    job, queries, keys = shards(P, mask, 4, 2, 8, "float32")
+    mesh = jax.make_mesh((P,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:P])
+    call = functools.partial(attention, mask=mask, mesh=mesh, schedule=name)
+    place = jax.sharding.NamedSharding(mesh, jax.P(None, "seq"))
+    q, k, v, do = (jax.device_put(np.ones((1, T, n, 8), "float32"), place) for n in (4, 2, 2, 4))
+    # Apart: in one program the compiler sends once what both passes send alike.
+    forward = jax.jit(call).lower(q, k, v)
+    _, pullback = jax.vjp(jax.jit(call), q, k, v)
+    backward = jax.jit(lambda pullback, do: pullback(do)).lower(pullback, do)
+    for lowered, is_backward in ((forward, False), (backward, True)):
+        text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
+        assert {(op, depth) for op, _, depth in collectives(text)} == {("collective-permute", 0)}
+        permute = r"= f32\[([\d,]*)\]\S* collective-permute\(.*_pairs=({[{}\d,]*})"
+        sent = [
+            4 * math.prod(map(int, shape.split(","))) * (pairs.count("{") - 1) / P
+            for shape, pairs in re.findall(permute, text)
+        ]
+        counted = traffic(name, job, queries, keys, is_backward).injected
+        assert sum(sent) == pytest.approx(counted, rel=0.01)
+        shapes = {tuple(map(int, x.split(","))) for x in re.findall(r"\w+\[([\d,]+)\]", text)}
+        assert not [shape for shape in shapes if sum(n >= T // P for n in shape) > 1]
 
 
 def test_the_least_is_chosen_and_said(caplog):
