@@ -20,6 +20,8 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "chip and shape of the pod, such as v5p:8x8x8 or v6e:16x16")
 MESH = flags.DEFINE_string("mesh", None, "devices along axes, such as data:8,fsdp:64; default: config.mesh")
+SEARCH = flags.DEFINE_bool("search", False, "look for the best mesh, by sizes first, then by compiling a few")
+BEST_OF = flags.DEFINE_integer("best_of", 3, "meshes that --search compiles", lower_bound=1)
 VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, "rows of the embedding, in place of those for the tokenizer"
 )
@@ -27,7 +29,14 @@ OUT = flags.DEFINE_string("out", None, "folder for the compiled program")
 
 
 def main() -> None:
-    code = compile_pod(CONFIG.value, TOPOLOGY.value, MESH.value, vocab_size=VOCAB_SIZE.value, out=OUT.value)
+    code = compile_pod(
+        CONFIG.value,
+        TOPOLOGY.value,
+        MESH.value,
+        best_of=BEST_OF.value if SEARCH.value else 0,
+        vocab_size=VOCAB_SIZE.value,
+        out=OUT.value,
+    )
     sys.exit(code)
 
 

@@ -6,22 +6,22 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from blockjax.pods.chips import GIB
 from blockjax.pods.collectives import Collective
 from blockjax.pods.compile import Job, Memory, Outcome
 from blockjax.pods.roofline import Estimate, seconds
+from blockjax.pods.search import Guess
 
-GIB = 1 << 30
 
-
-def show_job(console: Console, job: Job) -> None:
-    """What is compiled for what."""
+def show_job(console: Console, job: Job, mesh: str = "") -> None:
+    """What is compiled for what; `mesh` in words if it is not decided."""
     m, c = job.model, job.config
     say(
         console,
         f"{m.num_params():,} parameters, {m.depth} layers of width {m.width}, {m.vocab_size} rows of "
         f"vocabulary; {c.data.batch_size} sequences of {c.data.seq_len:,} tokens a step, "
         f"remat={c.run.remat}, accumulate={c.run.accumulate}.\n"
-        f"{job.topology.name}: {job.mesh.size} x {job.topology.chip.kind}, mesh {job.axes}; "
+        f"{job.topology.name}: {job.mesh.size} x {job.topology.chip.kind}, mesh {mesh or job.axes}; "
         f"jax {jax.__version__}.",
     )
 
@@ -85,6 +85,24 @@ def show_collectives(console: Console, job: Job, found: list[Collective], uncoun
             f"{uncounted} loops whose length is decided while they run count as one turn: what they send, "
             "read and write is more.",
         )
+
+
+def show_search(console: Console, guesses: list[Guess], made: list[tuple[Memory, Estimate | None]]) -> None:
+    """What was guessed of meshes and what compiling them showed, the best first."""
+    table = Table(
+        title="Meshes, by the time of a step if communication overlaps nothing", title_justify="left"
+    )
+    for name in ("mesh", "guess: GiB", "s a step", "compiled: GiB", "s a step", "MFU", ""):
+        table.add_column(name, justify="left" if name in ("mesh", "") else "right")
+    order = sorted(
+        zip(guesses, made, strict=True), key=lambda x: x[1][1].serial if x[1][1] else x[1][0].total
+    )
+    for guess, (memory, bounds) in order:
+        cells = [f"{bounds.serial:.4g}", f"{bounds.mfu(bounds.serial):.1%}"] if bounds else ["", ""]
+        over = "" if memory.fits else f"{gib(memory.total - memory.limit)} GiB too much"
+        guessed = gib(guess.bytes), f"{guess.estimate.serial:.4g}"
+        table.add_row(guess.job.axes, *guessed, gib(memory.total), *cells, over)
+    console.print(table)
 
 
 def show_estimate(console: Console, job: Job, e: Estimate) -> None:
