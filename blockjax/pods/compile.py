@@ -24,9 +24,11 @@ from blockjax.train.state import TrainState, plan_state
 from blockjax.train.step import lower_train_step, make_dial
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
-# What libtpu says it needs: temporaries alone, which it adds up first, or everything.
-TEMPORARIES = re.compile(r"memory required for [\w ]+ \(([\d.]+)([KMGT]?)B?\) exceeds available HBM")
-EVERYTHING = re.compile(r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm")
+# What libtpu says against a program; what it calls temporaries has arguments and results in it.
+OUT_OF_MEMORY = (
+    re.compile(r"memory required for [\w ]+ \(([\d.]+)([KMGT]?)B?\) exceeds available HBM"),
+    re.compile(r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Memory:
 
     Attributes:
       params, optimizer, batch: of what the step is given; without the padding of tiles.
-      temporaries: what it needs beside; all there is to see if it does not fit.
+      temporaries: what it needs beside.
       code: the program.
       total: everything, padding included.
       limit: what a program may have.
@@ -81,7 +83,7 @@ class Outcome:
     """A step, compiled or refused.
 
     Attributes:
-      memory: what it takes; of a refused one at least.
+      memory: what it takes.
       seconds: that compiling took.
       executable: None if it does not fit.
       state: shapes and places of the state.
@@ -134,16 +136,14 @@ def compile_job(job: Job) -> Outcome:
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            refusal, executable = str(error), None
-            if needed_bytes(refusal) is None:
+            executable, needs = None, needed_bytes(str(error))
+            if needs is None:
                 raise
     state = plan.abstract
     limit = job.topology.chip.hbm_bytes
     held = local_bytes(state.params), local_bytes(state.opt_state), batch_bytes(job)
     if executable is None:
-        needs, everything = needed_bytes(refusal)
-        total = needs if everything else needs + sum(held)
-        memory = Memory(*held, total - sum(held), 0, total, limit)
+        memory = Memory(*held, needs - sum(held), 0, needs, limit)
     else:
         seen = executable.memory_analysis()
         given = seen.argument_size_in_bytes + seen.output_size_in_bytes - seen.alias_size_in_bytes
@@ -152,14 +152,11 @@ def compile_job(job: Job) -> Outcome:
     return Outcome(memory, time.monotonic() - begin, executable, state)
 
 
-def needed_bytes(refusal: str) -> tuple[int, bool] | None:
-    """Bytes that a program needs, from what libtpu says against it, and whether they are all that it needs.
-
-    None if memory is not what it lacks.
-    """
-    for pattern in (TEMPORARIES, EVERYTHING):
+def needed_bytes(refusal: str) -> int | None:
+    """All bytes that a program needs, from libtpu's words against it; None if memory is not what it lacks."""
+    for pattern in OUT_OF_MEMORY:
         if found := pattern.search(refusal):
-            return int(float(found[1]) * UNITS[found[2]]), pattern is EVERYTHING
+            return int(float(found[1]) * UNITS[found[2]])
     return None
 
 
