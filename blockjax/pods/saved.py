@@ -7,13 +7,13 @@ machine code all the same, so load only what you compiled.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 import re
 from collections.abc import Callable
 
 import jax
-import jaxlib
 from jax._src.lib import xla_client  # as jax.experimental.serialize_executable
 from jax.sharding import Mesh
 
@@ -43,9 +43,7 @@ def write(folder: str, job: Job, outcome: Outcome) -> pathlib.Path:
     path, program = pathlib.Path(folder), outcome.executable.runtime_executable().serialize()
     device = job.mesh.devices.flat[0]
     header = {
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "compiler": device.client.platform_version,
+        **versions(device),
         "topology": job.topology.name,
         "device_kind": device.device_kind,
         "mesh": dict(job.mesh.shape),
@@ -101,9 +99,7 @@ def load(folder: str, config: ConfigDict, mesh: Mesh) -> Callable:
     """
     header, device = read_header(folder), mesh.devices.flat[0]
     here = {
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "compiler": device.client.platform_version,
+        **versions(device),
         "device_kind": device.device_kind,
         "mesh": dict(mesh.shape),
     }
@@ -144,6 +140,12 @@ def load(folder: str, config: ConfigDict, mesh: Mesh) -> Callable:
         return jax.tree.unflatten(tree, arrays)
 
     return step
+
+
+def versions(device: jax.Device) -> dict[str, str]:
+    """Of everything that decides whether an executable can be read."""
+    jaxlib = importlib.metadata.version("jaxlib")
+    return {"jax": jax.__version__, "jaxlib": jaxlib, "compiler": device.client.platform_version}
 
 
 def step_keys(config: ConfigDict) -> dict:
