@@ -121,9 +121,7 @@ def lower_train_step(plan: StatePlan, config: ConfigDict, mesh: Mesh, dial: Dial
     shape, placement = (config.data.batch_size, config.data.seq_len), batch_sharding(mesh)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for key in BATCH_KEYS}
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
-    # A program that is loaded from a file takes every leaf, read or not.
-    options = dict(donate_argnums=0, keep_unused=True)
-    jitted = jax.jit(step, out_shardings=(placed, NamedSharding(mesh, P())), **options)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P())))
     return jitted.lower(plan.abstract, batch)
 
 
