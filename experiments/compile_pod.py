@@ -23,7 +23,7 @@ MESH = flags.DEFINE_string("mesh", None, "devices along axes, such as data:8,fsd
 SEARCH = flags.DEFINE_bool("search", False, "look for the best mesh, by sizes first, then by compiling a few")
 BEST_OF = flags.DEFINE_integer("best_of", 3, "meshes that --search compiles", lower_bound=1)
 VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", None, "rows of the embedding, in place of those for the tokenizer"
+    "vocab_size", None, "rows of the embedding, in place of those for the tokenizer", lower_bound=1
 )
 OUT = flags.DEFINE_string("out", None, "folder for the compiled program")
 

@@ -50,6 +50,7 @@ def compile_pod(
         raise UsageError("No pod: name one with --topology=v5p:8x8x8, v5e:16x16, v6e:16x16 or another shape.")
     if best_of and mesh:
         raise UsageError(f"--mesh={mesh} and --search exclude each other: name a mesh, or look for one.")
+    folder = saved.prepare(out) if out else None
     pod = open_topology(topology)
     if best_of:
         tried = compile_best(console, search(config, pod, vocab_size)[:best_of])
@@ -62,8 +63,9 @@ def compile_pod(
     if best.estimate:
         report.show_collectives(console, best.job, best.collectives, best.uncounted)
         report.show_estimate(console, best.job, best.estimate)
-        if out:
-            report.say(console, f"Written to {saved.write(out, best.job, best.outcome)}.")
+        if folder:
+            saved.write(folder, best.job, best.outcome)
+            report.say(console, f"Written to {folder}.")
     return 0 if best.outcome.memory.fits else 1
 
 

@@ -31,16 +31,23 @@ OUTSIDE = re.compile(
 )
 
 
-def write(folder: str, job: Job, outcome: Outcome) -> pathlib.Path:
-    """Writes `program.bin` and `program.json`, in place of those that lie there.
-
-    Returns:
-      The folder.
+def prepare(folder: str) -> pathlib.Path:
+    """Makes the folder of a program that takes minutes to compile.
 
     Raises:
-      UsageError: the folder cannot be used.
+      UsageError: it cannot be made.
     """
-    path, program = pathlib.Path(folder), outcome.executable.runtime_executable().serialize()
+    path = pathlib.Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={folder} cannot be made: {error.strerror}.") from error
+    return path
+
+
+def write(path: pathlib.Path, job: Job, outcome: Outcome) -> None:
+    """Writes `program.bin` and `program.json` into a folder, in place of those that lie there."""
+    program = outcome.executable.runtime_executable().serialize()
     device = job.mesh.devices.flat[0]
     header = {
         **versions(device),
@@ -52,13 +59,8 @@ def write(folder: str, job: Job, outcome: Outcome) -> pathlib.Path:
         "bytes": len(program),
         "sha256": hashlib.sha256(program).hexdigest(),
     }
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / PROGRAM).write_bytes(program)
-        (path / HEADER).write_text(json.dumps(header, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"--out={folder} cannot be written: {error.strerror}.") from error
-    return path
+    (path / PROGRAM).write_bytes(program)
+    (path / HEADER).write_text(json.dumps(header, indent=1) + "\n")
 
 
 def read_header(folder: str) -> dict:

@@ -78,5 +78,7 @@ def test_a_mistake_ends_in_one_sentence(python):
 def test_a_pod_is_needed_and_one_way_to_a_mesh(tiny):
     with pytest.raises(UsageError, match="--topology=v5p:8x8x8"):
         compile_pod(tiny, None)
+    with pytest.raises(UsageError, match=r"--out=Makefile cannot be made"):
+        compile_pod(tiny, "v5p:8x8x8", out="Makefile")
     with pytest.raises(UsageError, match=r"--mesh=data:8 and --search exclude"):
         compile_pod(tiny, "v5p:8x8x8", "data:8", best_of=2)

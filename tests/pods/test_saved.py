@@ -25,7 +25,9 @@ def compiled(pod, quick_compilation):
 @pytest.fixture
 def written(compiled, tmp_path):
     """Folder, job and outcome."""
-    return saved.write(str(tmp_path / "a" / "b"), *compiled), *compiled
+    folder = saved.prepare(str(tmp_path / "a" / "b"))
+    saved.write(folder, *compiled)
+    return folder, *compiled
 
 
 def test_the_same_step_comes_back(written):
@@ -86,8 +88,7 @@ def test_damaged_and_missing_files_are_refused(written, tmp_path):
         saved.read_header(str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_written(written, tmp_path):
-    _, job, outcome = written
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be written"):
-        saved.write(str(tmp_path / "file" / "x"), job, outcome)
+    with pytest.raises(UsageError, match="cannot be made"):
+        saved.prepare(str(tmp_path / "file" / "x"))
