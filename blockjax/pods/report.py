@@ -108,7 +108,7 @@ def show_search(console: Console, guesses: list[Guess], made: list[tuple[Memory,
 def show_estimate(console: Console, job: Job, e: Estimate) -> None:
     """The roofline."""
     chip, tokens = job.topology.chip, job.config.data.batch_size * job.config.data.seq_len
-    table = Table(title="Roofline of a step, from published rates: not a measurement", title_justify="left")
+    table = Table(title="Roofline of a step, not a measurement", title_justify="left")
     for name in ("bound", "seconds", "rate of a device"):
         table.add_column(name, justify="left" if name == "bound" else "right")
     table.add_row("matrix units", f"{e.compute:.4g}", f"{chip.peak_flops / 1e12:.0f} TFLOP/s")
