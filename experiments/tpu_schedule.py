@@ -15,7 +15,6 @@ Needs libtpu, importable or named by TPU_LIBRARY_PATH.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -27,6 +26,8 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.table import Table
+
+from blockjax.pods import libtpu
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 UNITS = {"MATMUL": "matrix", "VALU": "vector", "XLU": "lanes", "EUP": "exp", "VSTORE": "store"}
@@ -110,30 +111,15 @@ def measure(chip: str, case: Case) -> list[Schedule]:
         return [read(chip, case, kernel, pathlib.Path(folder)) for kernel in KERNELS]
 
 
-def libtpu() -> str | None:
-    """Where the compiler is, if it is installed: named, importable, or where `make test` puts it."""
-    if named := os.environ.get("TPU_LIBRARY_PATH"):
-        return named
-    found = importlib.util.find_spec("libtpu")
-    beside = pathlib.Path(__file__).parents[1] / ".libtpu" / "libtpu"
-    library = (pathlib.Path(found.origin).parent if found else beside) / "libtpu.so"
-    return str(library) if library.exists() else None
-
-
 def compiler_environment(chip: str, flags: str = "") -> dict[str, str]:
     """The environment of a process that compiles for TPUs on a CPU."""
-    library = libtpu()
+    library = libtpu.library()
     if library is None:
         raise SystemExit("This needs libtpu: make test installs it; or set TPU_LIBRARY_PATH.")
-    return os.environ | dict(
-        TPU_LIBRARY_PATH=library,
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE=f"{chip}-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        JAX_PLATFORMS="cpu",
-        JAX_ENABLE_COMPILATION_CACHE="false",
-        LIBTPU_INIT_ARGS=flags,
+    return (
+        os.environ
+        | libtpu.variables(library, chip)
+        | dict(JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false", LIBTPU_INIT_ARGS=flags)
     )
 
 

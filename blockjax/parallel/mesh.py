@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,7 +57,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh {text} needs {'a multiple of ' if -1 in shape else ''}{known} devices, "
             f"but there are {len(devices)}. Set one axis to -1 to take what is left."
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    # `jax.make_mesh` refuses 8 x 16 x 4 on a torus of 8 x 8 x 8: 16 needs an axis and a part of another.
+    placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def partition_spec(names: Sequence[str | None]) -> P:

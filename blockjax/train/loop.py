@@ -14,14 +14,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blockjax import data
 from blockjax.models import TransformerConfig
-from blockjax.parallel.mesh import make_mesh, partition_spec
+from blockjax.parallel.mesh import make_mesh
 from blockjax.train import config as configs
 from blockjax.train.checkpoint import Checkpoints
 from blockjax.train.config import ConfigDict, due
@@ -31,7 +30,14 @@ from blockjax.train.inspect import make_inspect_step, scalars
 from blockjax.train.log import StepLog
 from blockjax.train.run import Run, claim, padded_vocab
 from blockjax.train.state import StatePlan, TrainState, plan_state
-from blockjax.train.step import BATCH_KEYS, Dial, make_dial, make_eval_step, make_train_step
+from blockjax.train.step import (
+    BATCH_KEYS,
+    Dial,
+    batch_sharding,
+    lower_train_step,
+    make_dial,
+    make_eval_step,
+)
 
 
 def train(
@@ -64,10 +70,10 @@ def train(
         display.say(f"Run {folder.path} {f'continues after step {start}' if start else 'starts'}.")
         plan = plan_state(model_config, config, mesh)
         state = checkpoints.restore(start, plan.abstract) if start else plan.make()
-        placement = NamedSharding(mesh, partition_spec(("batch", "time")))
+        placement = batch_sharding(mesh)
         batches = data.Loader(order, placement, start, config.run.steps, prefetch=config.run.prefetch)
         dial, everywhere = make_dial(model_config, config.optimizer.locality_warmup), NamedSharding(mesh, P())
-        run_step = compile_step(plan, placement, dial, config, display) if start < config.run.steps else None
+        run_step = compile_step(plan, config, mesh, dial, display) if start < config.run.steps else None
         run_eval = jax.jit(make_eval_step(plan.graph, dial), out_shardings=everywhere)
         run_inspect = jax.jit(make_inspect_step(plan.graph, dial), out_shardings=everywhere)
 
@@ -105,26 +111,11 @@ def open_data(
 
 
 def compile_step(
-    plan: StatePlan,
-    placement: NamedSharding,
-    dial: Dial,
-    config: ConfigDict,
-    display: Display,
+    plan: StatePlan, config: ConfigDict, mesh: Mesh, dial: Dial, display: Display
 ) -> jax.stages.Compiled:
     """Compiles `(state, batch) -> (state, metrics)`, so that the clock starts when training does."""
-    step = make_train_step(
-        plan.graph,
-        plan.optimizer,
-        z_loss=config.optimizer.z_loss,
-        accumulate=config.run.accumulate,
-        dial=dial,
-    )
-    shape = (config.data.batch_size, config.data.seq_len)
-    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for key in BATCH_KEYS}
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
     begin = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(placement.mesh, P())))
-    compiled = jitted.lower(plan.abstract, batch).compile()
+    compiled = lower_train_step(plan, config, mesh, dial).compile()
     display.say(f"Compiled the training step in {time.perf_counter() - begin:.0f} s.")
     return compiled
 

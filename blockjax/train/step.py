@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from blockjax.masks.predicates import array_module
 from blockjax.models import TransformerConfig
+from blockjax.parallel.mesh import partition_spec
+from blockjax.train.config import ConfigDict
 from blockjax.train.loss import LossSums, cross_entropy
-from blockjax.train.state import TrainState
+from blockjax.train.state import StatePlan, TrainState
 
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids")  # each [B, T] int32
 Batch = dict[str, jax.Array]
@@ -97,6 +101,30 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the arrays [B, T] of a batch live."""
+    return NamedSharding(mesh, partition_spec(("batch", "time")))
+
+
+def lower_train_step(plan: StatePlan, config: ConfigDict, mesh: Mesh, dial: Dial) -> jax.stages.Lowered:
+    """The step of a run on a mesh in use, ready to be compiled; `(state, batch) -> (state, metrics)`.
+
+    Nothing is allocated, so the devices of the mesh need not exist. The step overwrites the state.
+    """
+    step = make_train_step(
+        plan.graph,
+        plan.optimizer,
+        z_loss=config.optimizer.z_loss,
+        accumulate=config.run.accumulate,
+        dial=dial,
+    )
+    shape, placement = (config.data.batch_size, config.data.seq_len), batch_sharding(mesh)
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for key in BATCH_KEYS}
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P())))
+    return jitted.lower(plan.abstract, batch)
 
 
 def make_eval_step(

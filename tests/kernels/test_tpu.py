@@ -19,6 +19,7 @@ from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
 from blockjax.masks import BlockMask, Causal, Window
+from blockjax.pods import libtpu
 from experiments import tpu_schedule
 from tests.kernels.block_sparse_attention_suite import AttentionSuite, assert_close, make, run
 
@@ -238,7 +239,7 @@ def compile_one(shapes, form, options, sharding, B=1, T=1024, N=4, K=4):
 
 @pytest.fixture
 def compiler():
-    if tpu_schedule.libtpu() is None:
+    if libtpu.library() is None:
         pytest.skip("needs libtpu, the TPU compiler: make test installs it")
 
 
