@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.spec import Tiles
@@ -186,3 +187,27 @@ class Stream:
             return x
         room = (self.slots - 1) * (self.side.part if x.ndim == 4 else 1)
         return jnp.pad(x, [(0, 0), (0, 0), (0, room)] + [(0, 0)] * (x.ndim - 3))
+
+
+class Route(NamedTuple):
+    """Which shards a place visits, and how they get there.
+
+    `axis` is the mesh axis of the ring, `size` its places, `stride` the devices from one to the next;
+    `visits` are the offsets `t` of the places `t` before this one, negative ones behind, the own shard first.
+    """
+
+    axis: str
+    size: int
+    stride: int
+    visits: tuple[int, ...]
+
+    @staticmethod
+    def of(axis: str, size: int, stride: int, offsets) -> "Route":
+        """To the places `offsets` before this one, those in 1 .. size - 1, by the shorter way round."""
+        near = [t if t <= size // 2 else t - size for t in offsets]
+        return Route(axis, size, stride, (0, *sorted(near, key=lambda t: (abs(t), -t))))
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """How often this place sends a shard to the next one, and to the one before."""
+        return max(0, *self.visits), max(0, *(-t for t in self.visits))
