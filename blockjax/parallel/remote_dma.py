@@ -31,10 +31,12 @@ class RemoteDma:
         return self.otherwise.refuses(job)
 
     def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
-        live = [t for t in range(1, job.ring.size) if job.ring.live(t, "keys").any()]
+        ring = job.ring
+        live = [t for t in range(1, ring.size) if ring.live(t, "keys").any()]
         if not live:
-            return job.forward(queries, keys, job.piece(queries.lists, job.ring.place, job.ring.place))
-        return job.forward_round(queries, keys, Route.of(job.ring.axis, job.ring.size, job.ring.stride, live))
+            return job.forward(queries, keys, job.piece(queries.lists, ring.place, ring.place))
+        route = Route.of(ring.axis, ring.size, ring.stride, live, heads=keys.k.shape[2])
+        return job.forward_round(queries, keys, route)
 
     def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):
         return self.otherwise.backward(job, queries, keys, statistics)

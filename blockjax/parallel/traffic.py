@@ -78,8 +78,8 @@ class _DryJob(Job):
         return jnp.zeros((B, T, N, keys.v.shape[-1])), jnp.zeros((B, T, N))
 
     def forward_round(self, queries, keys, route):
-        for by, copies in zip((1, -1), route.copies, strict=True):
-            self.ring.sent.append(Send(by, float(copies * (_bytes(keys.k) + _bytes(keys.v)))))
+        for by, shards in zip((1, -1), route.shards, strict=True):
+            self.ring.sent.append(Send(by, shards * (_bytes(keys.k) + _bytes(keys.v))))
         jax.tree.map(self.ring.gather, keys[2:])
         return self.forward(queries, keys, None)
 
@@ -106,7 +106,8 @@ def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -
 
 
 AUTO = ("halo", "two_stream_ring", "ring", "token_ring", "token_ring_direct")
-"""What `choose` chooses from; of equals the first. Gathering all keys is left to those who ask for it."""
+"""What `choose` chooses from; of equals the first. Gathering all keys, and the kernel that moves them itself, are
+left to those who ask."""
 
 
 def choose(job: Job, queries: Queries, keys: Keys, linked: bool) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The ring of one TPU kernel with remote copies: interpreted with race detection, and compiled for chips.
 
-The interpreter runs a device a thread, knows which accesses nothing orders, fills memory with NaN, and carries
-a copy out at once (`eager`) or when it is waited for (`on_wait`). Gradients of shards are dense here.
+The interpreter runs a device a thread, knows which accesses nothing orders, fills memory with NaN, and
+carries a copy out at once (`eager`) or when it is waited for (`on_wait`). Gradients of shards are dense here.
 """
 
 import functools
@@ -18,7 +18,6 @@ import pytest
 from blockjax.kernels.block_sparse_attention import api, block_sparse_attention, reference, tpu
 from blockjax.kernels.block_sparse_attention.spec import Tiles
 from blockjax.kernels.block_sparse_attention.tpu import layout, ring, walk
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
@@ -69,21 +68,24 @@ MASKS = {
     "or": lambda T: BlockMask.window(T, left=70, **BLOCKS) | lists(T),
 }
 CASES = [
-    ("causal", "contiguous", 2, "on_wait"),
-    ("window of both sides", "contiguous", 3, "eager"),
-    ("or", "zigzag", 4, "eager"),
-    ("full", "contiguous", 8, "on_wait"),
+    ("causal", "contiguous", 2, 2, "on_wait"),
+    ("window of both sides", "contiguous", 3, 1, "eager"),
+    ("or", "zigzag", 4, 1, "eager"),
+    ("full", "contiguous", 8, 2, "on_wait"),
 ]
-ALL = [(*case, MODES[i % 2]) for i, case in enumerate(itertools.product(MASKS, LAYOUTS, (2, 3, 4, 8)))]
+ALL = [
+    (*case, 1 + i % 2, MODES[i // 2 % 2])
+    for i, case in enumerate(itertools.product(MASKS, LAYOUTS, (2, 3, 4, 8)))
+]
 
 
 @pytest.mark.parametrize(
-    ("mask", "layout", "P", "mode"), [*CASES, *(pytest.param(*x, marks=EXHAUSTIVE) for x in ALL)]
+    ("mask", "layout", "P", "K", "mode"), [*CASES, *(pytest.param(*x, marks=EXHAUSTIVE) for x in ALL)]
 )
-def test_equals_dense(mask, layout, P, mode, interpreted):
+def test_equals_dense(mask, layout, P, K, mode, interpreted):
     interpreted(mode)
     T = BLOCK * P * (1 + (layout == "zigzag"))
-    compare(P, MASKS[mask](T), 2, 1, B=1, schedule="ring_dma", layout=layout)
+    compare(P, MASKS[mask](T), 2, K, B=1, schedule="ring_dma", layout=layout)
 
 
 def run(inputs, mask, mesh, **how):
@@ -92,11 +94,11 @@ def run(inputs, mask, mesh, **how):
 
 def test_options_and_documents(interpreted):
     interpreted("eager")
-    compare(
-        3, MASKS["or"](6 * BLOCK), 2, 1, B=1, schedule="ring_dma", layout="striped", options=dict(soft_cap=1.5, scale=0.7),
-        arrays=dict(q_segment_ids=np.sort(np.random.default_rng(0).integers(-1, 4, (1, 6 * BLOCK)))),
-        learned=dict(slope=jnp.array([0.01, 0.5]), sinks=jnp.array([-1.0, 2.0])),
-    )  # fmt: skip
+    T, how = 6 * BLOCK, dict(schedule="ring_dma", layout="striped")
+    ids = np.sort(np.random.default_rng(0).integers(-1, 4, (1, T)))
+    learned = dict(slope=jnp.array([0.01, 0.5]), sinks=jnp.array([-1.0, 2.0]))
+    arrays, options = dict(q_segment_ids=ids), dict(soft_cap=1.5, scale=0.7)
+    compare(3, MASKS["or"](T), 2, 1, learned, arrays, options, B=1, **how)
 
 
 def test_a_hop_that_no_one_needs_only_passes_keys_on(interpreted):
@@ -104,7 +106,7 @@ def test_a_hop_that_no_one_needs_only_passes_keys_on(interpreted):
     interpreted("on_wait")
     blocks = np.roll(np.eye(5, dtype=bool), 2, 0) | np.diag([True, True, False, False, True])
     mask = BlockMask.from_block_bool(blocks, **BLOCKS)
-    assert layout.Route.of("seq", 5, 1, [2]).copies == (2, 0)
+    assert layout.Route.of("seq", 5, 1, [2], 1).copies == (2, 0)
     compare(5, mask, 2, 1, B=1, schedule="ring_dma")
 
 
@@ -201,25 +203,20 @@ def compile_for(chip, cases):
     """The forwards of these of `COMPILED`; runs in a process of its own."""
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=tpu_schedule.TOPOLOGIES[chip]
-    ).devices
+    topology = tpu_schedule.TOPOLOGIES[chip]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     for sizes, name, order, how in (COMPILED[i] for i in cases):
-        mesh = jax.sharding.Mesh(np.reshape(devices, [*sizes.values()]), [*sizes])
+        auto = (AxisType.Auto,) * len(sizes)
+        mesh = jax.sharding.Mesh(np.reshape(devices, [*sizes.values()]), [*sizes], axis_types=auto)
         mask = {
             "causal": BlockMask.causal(4096, bq=512, bk=512),
             "window": BlockMask.window(4096, left=3000, bq=512, bk=512),
             "lists": BlockMask.from_block_bool(np.tri(32, dtype=bool), bq=128, bk=128),
         }[name]
-        sharding = jax.sharding.NamedSharding(mesh, jax.P(how.get("batch"), "seq", how.get("heads")))
-        q, k, ids = (
-            jax.ShapeDtypeStruct(shape, dtype, sharding=sharding if len(shape) == 4 else None)
-            for shape, dtype in (
-                ((2, 4096, 4, 128), "bfloat16"),
-                ((2, 4096, 2, 128), "bfloat16"),
-                ((1, 4096), "int32"),
-            )
-        )
+        spec = jax.P(how.get("batch"), "seq", how.get("heads"))
+        by, all_of = (jax.sharding.NamedSharding(mesh, x) for x in (spec, jax.P()))
+        q, k = (jax.ShapeDtypeStruct((2, 4096, n, 128), "bfloat16", sharding=by) for n in (4, 2))
+        ids = jax.ShapeDtypeStruct((1, 4096), "int32", sharding=all_of)
 
         def call(q, k, v, ids, mask=mask, mesh=mesh, order=order, how=how):
             return attention(
@@ -232,9 +229,7 @@ def compile_for(chip, cases):
         assert text.count('custom_call_target="tpu_custom_call"') == 1 and "collective-permute" not in text
 
 
-@pytest.mark.skipif(
-    tpu_schedule.libtpu() is None, reason="needs libtpu, the TPU compiler: make test installs it"
-)
+@pytest.mark.skipif(tpu_schedule.libtpu() is None, reason="needs libtpu: make test installs it")
 @pytest.mark.parametrize(
     ("chip", "cases"),
     [

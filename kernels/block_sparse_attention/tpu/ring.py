@@ -1,9 +1,10 @@
 """The forward over a ring of devices in one TPU kernel, which moves the keys by itself.
 
 The shard of keys and values in HBM goes to both neighbours, theirs to the next ones, and so on half way round
-in both directions: round t brings the shards of the places t before and t after this one. It crosses each
-link once a pass (tiles that are fetched from a neighbour inside the loop over queries cross it once a tile of
-queries). While a round's copies run, the shards that the one before brought are folded.
+in both directions: round t brings the shards of the places t before and t after this one, the last one of an
+even ring half of the heads of the opposite place by each way. Shards cross a link once a pass; tiles fetched
+from a neighbour inside the loop over queries would do so once a tile of queries. While a round's copies run,
+the shards that the one before brought are folded.
 
 Each direction has two slots in HBM: one is folded and sent on while the next shard arrives in the other. A
 copy needs a credit of its receiver, which grants one for each slot that it has folded and sent on: there is
@@ -120,7 +121,10 @@ class RingForward(Forward):
         if "stream_ids" in refs:
             refs["stream_ids"] = refs["stream_ids"].at[self.shard]
         super().__init__(call, refs)
-        way, slot = jnp.where(self.offset < 0, 1, 0), lax.rem(jnp.abs(self.offset), SLOTS)
+        _, heads, *_ = refs["k"].shape
+        late = 2 * lax.div(self.head * heads, self.heads) >= heads
+        way = jnp.where(self.split(self.offset), late, self.offset < 0).astype(jnp.int32)
+        slot = lax.rem(jnp.abs(self.offset), SLOTS)
         n = len(self.streamed)
         slots = [refs[f"{name}_slots"].at[way, slot] for name in self.streamed]
         brought = [lane._replace(source=x) for lane, x in zip(self.lanes[:n], slots, strict=True)]
@@ -225,8 +229,7 @@ class RingForward(Forward):
 
             @pl.when((t > 0) & (t <= copies[way]))
             def _(way=way):
-                for copy in self.send(way, t):
-                    copy.wait()
+                self.send(way, t, lambda copy: copy.wait())
 
             # Its place for copy t + 1 was folded in round t - 1, and has been sent on.
             pl.when((t > 1) & (t < copies[way]))(functools.partial(self.grant, way))
@@ -236,16 +239,8 @@ class RingForward(Forward):
             @pl.when(t < copies[way])
             def _(way=way):
                 pl.semaphore_wait(self.refs["credits"].at[way], 1)
-
-                @pl.when(t == 0)
-                def _():
-                    for copy in self.send(way, t + 1, [self.refs[name] for name in self.streamed]):
-                        copy.start()
-
-                @pl.when(t > 0)
-                def _():
-                    for copy in self.send(way, t + 1):
-                        copy.start()
+                for own in (True, False):
+                    pl.when((t == 0) == own)(lambda own=own: self.send(way, t + 1, lambda x: x.start(), own))
 
     def enter(self):
         """Waits for both neighbours, and grants each a credit for each slot that it will fill.
@@ -265,21 +260,32 @@ class RingForward(Forward):
         """To the sender: so many of the slots for what comes this way are free."""
         pl.semaphore_signal(self.refs["credits"].at[way], credits, device_id=self.neighbour(1 - way))
 
-    def send(self, way, t, shard=None):
-        """Copies to the neighbour as its t-th: this shard, or the one that came as the t - 1-th."""
+    def split(self, t):
+        """Whether what a place visits, or is sent, as its t-th comes by halves."""
+        return (t == self.call.route.size // 2) & self.call.route.halves
+
+    def send(self, way, t, act, own=False):
+        """Acts on the copies to the neighbour as its t-th: of the own shard, or of the t - 1-th that came."""
         refs, side = self.refs, self.call.stream.side
-        rows = pl.ds(0, side.blocks * side.rows)
+        rows, heads = pl.ds(0, side.blocks * side.rows), refs["k"].shape[1]
         here, there = lax.rem(t - 1, SLOTS), lax.rem(t, SLOTS)
-        for i, name in enumerate(self.streamed):
-            slots = refs[f"{name}_slots"]
-            source = slots.at[way, here] if shard is None else shard[i]
-            yield pltpu.make_async_remote_copy(
-                source.at[:, :, rows], slots.at[way, there, :, :, rows],
-                refs["sent"].at[way, here], refs["arrived"].at[way, there], device_id=self.neighbour(way),
-            )  # fmt: skip
+
+        def copies(heads):
+            for name in self.streamed:
+                slots = refs[f"{name}_slots"]
+                source, target = refs[name] if own else slots.at[way, here], slots.at[way, there]
+                copy = pltpu.make_async_remote_copy(
+                    source.at[:, heads, rows], target.at[:, heads, rows],
+                    refs["sent"].at[way, here], refs["arrived"].at[way, there], device_id=self.neighbour(way),
+                )  # fmt: skip
+                act(copy)
+
+        pl.when(~self.split(t))(lambda: copies(pl.ds(0, heads)))
+        if self.call.route.halves:
+            pl.when(self.split(t))(lambda: copies(pl.ds(way * heads // 2, heads // 2)))
 
     def neighbour(self, way) -> dict:
         """The device one place on; those of other mesh axes are this one's own."""
-        axis, size, stride, _ = self.call.route
+        axis, size, stride, *_ = self.call.route
         here, devices = lax.axis_index(axis), size * stride
         return {axis: lax.rem(here + (stride if way == 0 else devices - stride), devices)}
