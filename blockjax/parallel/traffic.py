@@ -106,8 +106,8 @@ def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -
 
 
 AUTO = ("halo", "two_stream_ring", "ring", "token_ring", "token_ring_direct")
-"""What `choose` chooses from; of equals the first. Gathering all keys, and the kernel that moves them itself, are
-left to those who ask."""
+"""What `choose` chooses from; of equals the first. Gathering all keys, and a kernel that moves them,
+are left to those who ask for it."""
 
 
 def choose(job: Job, queries: Queries, keys: Keys, linked: bool) -> dict[str, dict[str, float]]:
