@@ -84,9 +84,6 @@ def tiles_fit(spec: Spec, tiles: Tiles) -> str | None:
 
 def forward_pass(inputs: Inputs, options: Options):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
-    for leaf in jax.tree.leaves(inputs.mask.predicates):
-        if np.shape(leaf) != ():
-            raise UsageError(f"A predicate's values must be scalars on TPU, got shape {np.shape(leaf)}.")
     launch = Launch("forward", options, inputs, plan.rows(inputs))
     out = launch(
         anchors=dict(q=launch.queries(inputs.q)),
@@ -319,6 +316,8 @@ def scalars(mask, slope):
     ints, floats, where = [mask.q_offset, mask.kv_offset], [], []
     first = 0 if slope is None else slope.size
     for leaf in jax.tree.leaves(mask.predicates):
+        if np.shape(leaf) != ():
+            raise UsageError(f"A predicate's values must be scalars on TPU, got shape {np.shape(leaf)}.")
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             where.append(("floats", first + len(floats)))
             floats.append(leaf)

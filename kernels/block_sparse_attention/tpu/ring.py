@@ -11,9 +11,12 @@ copy needs a credit of its receiver, which grants one for each slot that it has 
 no other handshake, and a fast sender would otherwise write what its receiver still reads.
 
 The queries visit one shard after the other, so what they have found so far, `(o, lse)`, lies in HBM in
-float32. A tile of queries and a shard read and write 4 * 2 * Hv bytes a row, against 2 * (H + Hv) bytes of
-each key for 4 * (H + Hv) / 2 products with it: at 128 features and shards of 8192 keys, tiles of 1024 rows,
-1 MiB beside 4 MiB of keys and values. Both copies overlap the walk, and neither happens where it is empty.
+float32. A visit reads and writes it, 2 * 4 * Hv bytes a row, while 2 * (H + Hv) bytes a key stream past each
+tile of rows: of 128 features, tiles of 1024 rows and shards of 8192 keys, 1 MiB beside 4 MiB. These copies
+overlap the walk, and do not happen where it is empty.
+
+The slots take as much HBM as four shards. Of chips with two cores (v4, v5p) one does all the work: semaphores
+belong to a core.
 
 Source: Ring Attention, Liu et al. 2023, arXiv:2310.01889, both ways round, as remote copies.
 """
