@@ -94,11 +94,11 @@ def run(inputs, mask, mesh, **how):
 
 def test_options_and_documents(interpreted):
     interpreted("eager")
-    T, how = 6 * BLOCK, dict(schedule="ring_dma", layout="striped")
+    T, how = 4 * BLOCK, dict(schedule="ring_dma", layout="striped")
     ids = np.sort(np.random.default_rng(0).integers(-1, 4, (1, T)))
     learned = dict(slope=jnp.array([0.01, 0.5]), sinks=jnp.array([-1.0, 2.0]))
     arrays, options = dict(q_segment_ids=ids), dict(soft_cap=1.5, scale=0.7)
-    compare(3, MASKS["or"](T), 2, 1, learned, arrays, options, B=1, **how)
+    compare(2, MASKS["or"](T), 2, 1, learned, arrays, options, B=1, **how)
 
 
 def test_a_hop_that_no_one_needs_only_passes_keys_on(interpreted):
@@ -112,9 +112,9 @@ def test_a_hop_that_no_one_needs_only_passes_keys_on(interpreted):
 
 def test_bfloat16(interpreted):
     interpreted("eager")
-    mask = MASKS["causal"](6 * BLOCK)
+    mask = MASKS["causal"](4 * BLOCK)
     inputs = [x.astype("bfloat16") for x in make(mask, 2, 1)[0]]
-    o, lse = run(inputs, mask, mesh_of(3), layout="zigzag", return_lse=True)
+    o, lse = run(inputs, mask, mesh_of(2), layout="zigzag", return_lse=True)
     wide = [x.astype("float32") for x in inputs]
     exact = block_sparse_attention(*wide, mask, implementation="reference", return_lse=True)
     np.testing.assert_allclose(o.astype("float32"), exact[0], rtol=5e-3, atol=3e-3 * np.abs(exact[0]).max())
