@@ -30,14 +30,19 @@ def empty(shape: tuple[int, ...], dtype=jnp.float32) -> Partial:
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the keys of both; broadcasts. Two empty ones give (0, -inf), with zero gradient."""
     (o_a, lse_a), (o_b, lse_b) = map(_float32, a), map(_float32, b)
+    w_a, w_b, lse = shares(lse_a, lse_b)
+    return w_a[..., None] * o_a + w_b[..., None] * o_b, lse
+
+
+def shares(lse_a: jax.Array, lse_b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weights of two partials in their merge, and its `lse`: kernels merge by them, in their layouts."""
     top = jnp.maximum(lse_a, lse_b)
     seen = top > -jnp.inf
     # -inf must be gone before exp and log: a `where` on their results alone leaves NaN in the gradient.
     top = jax.lax.stop_gradient(jnp.where(seen, top, 0.0))
     w_a, w_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     total = jnp.where(seen, w_a + w_b, 1.0)
-    o = (w_a / total)[..., None] * o_a + (w_b / total)[..., None] * o_b
-    return o, jnp.where(seen, top + jnp.log(total), -jnp.inf)
+    return w_a / total, w_b / total, jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 
 def fold(parts: Iterable[Partial]) -> Partial:

@@ -18,6 +18,7 @@ from blockjax import partials
 from blockjax.kernels.block_sparse_attention.spec import Cotangents
 from blockjax.masks import Between, Ranges
 from blockjax.parallel.circulate import Trip, circulate
+from blockjax.parallel.remote_dma import RemoteDma
 from blockjax.parallel.shards import Job, Keys, Queries, add, heads
 
 
@@ -255,6 +256,7 @@ SCHEDULES = {
     "all_gather": AllGather(),
     "ring": Circulating("keys"),
     "two_stream_ring": Circulating("keys", both="offsets"),
+    "ring_dma": RemoteDma(otherwise=Circulating("keys", both="offsets")),
     "token_ring": Circulating("queries", both="heads"),
     "token_ring_direct": Circulating("queries", home="direct"),
     "halo": Halo(),

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from blockjax import partials
 from blockjax.kernels.block_sparse_attention.api import select
 from blockjax.kernels.block_sparse_attention.spec import Cotangents, Inputs
+from blockjax.kernels.block_sparse_attention.tpu.layout import Route
 from blockjax.masks import BlockMask, Ranges, pick
 from blockjax.parallel.circulate import Ring
 
@@ -83,6 +85,26 @@ class Job:
         backend, options = select(inputs, **self.options)
         o, lse = backend.forward_pass(inputs, options)
         return o.astype(lse.dtype), lse.swapaxes(1, 2)
+
+    def forward_round(self, queries: Queries, keys: Keys, route: Route) -> partials.Partial:
+        """`forward` over the shards of all places of the route, which a TPU kernel moves itself.
+
+        Raises:
+            UsageError: the kernel cannot serve the call, with the reason.
+        """
+        from blockjax.kernels.block_sparse_attention.tpu import ring
+
+        here, S = self.ring.place, keys.k.shape[1]
+        # What says whom to see is small, and needed before the kernel starts: all places know it of all.
+        known = jax.tree.map(self.ring.gather, keys[2:])
+        visits = []
+        for offset in route.visits:
+            there = (here - offset) % self.ring.size
+            ids = jax.tree.map(lambda x, at=there: lax.dynamic_slice_in_dim(x, at * S, S, axis=1), known)
+            visits.append(self.inputs(queries, Keys(*keys[:2], *ids), self.piece(queries.lists, here, there)))
+        _, options = select(visits[0], **self.options | dict(implementation="tpu"))
+        o, lse = ring.forward_pass(route, visits, options)
+        return o, lse.swapaxes(1, 2)
 
     def backward(self, queries: Queries, keys: Keys, mask: BlockMask, statistics: Cotangents):
         """These keys' share of the gradients, float32: `(dq, dslope), (dk, dv)`."""

@@ -77,6 +77,12 @@ class _DryJob(Job):
         B, T, N, _ = queries.q.shape
         return jnp.zeros((B, T, N, keys.v.shape[-1])), jnp.zeros((B, T, N))
 
+    def forward_round(self, queries, keys, route):
+        for by, shards in zip((1, -1), route.shards, strict=True):
+            self.ring.sent.append(Send(by, shards * (_bytes(keys.k) + _bytes(keys.v))))
+        jax.tree.map(self.ring.gather, keys[2:])
+        return self.forward(queries, keys, None)
+
     def backward(self, queries, keys, mask, statistics):
         slope = None if self.slope is None else jnp.zeros(self.slope.shape)
         return (jnp.zeros(queries.q.shape), slope), (jnp.zeros(keys.k.shape), jnp.zeros(keys.v.shape))
@@ -100,7 +106,8 @@ def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -
 
 
 AUTO = ("halo", "two_stream_ring", "ring", "token_ring", "token_ring_direct")
-"""What `choose` chooses from; of equals the first. Gathering all keys is left to those who ask for it."""
+"""What `choose` chooses from; of equals the first. Gathering all keys, and a kernel that moves them,
+are left to those who ask for it."""
 
 
 def choose(job: Job, queries: Queries, keys: Keys, linked: bool) -> dict[str, dict[str, float]]:

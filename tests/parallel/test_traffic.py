@@ -44,6 +44,8 @@ def test_bytes_are_those_of_the_formulas(K, one_way):
     assert busiest("ring") == pytest.approx(one_way)
     assert busiest("all_gather") == pytest.approx(one_way / 2)
     assert busiest("two_stream_ring") == pytest.approx(one_way * 4 / 7), "an even ring ends with one stream"
+    # One kernel head cannot be halved; else the last round of an even ring sends half of them each way.
+    assert busiest("ring_dma") == pytest.approx(one_way * (4 / 7 if K % 2 else 1 / 2))
     # Queries and float32 results make 7 hops, the local result none; half of the heads go each way.
     T, N, H = 8192, 32, 128
     queries = 7 * (2 * T * N * H + 4 * T * N * H + 4 * T * N)

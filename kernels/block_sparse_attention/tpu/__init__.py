@@ -31,6 +31,9 @@ ROWS = (256, 512, 1024, 2048)
 CHOICES = {kernel: [(a, s) for a in ROWS for s in ROWS] for kernel in KERNELS}
 """What `tune.py` tries."""
 
+ALONG_LANES = "stats", "stream_ids"
+"""Streamed arrays of numbers per token."""
+
 PER_ROW = None, jnp.float32
 """An output of one number per row, along lanes, instead of (width, dtype)."""
 
@@ -81,10 +84,7 @@ def tiles_fit(spec: Spec, tiles: Tiles) -> str | None:
 
 def forward_pass(inputs: Inputs, options: Options):
     """`o` [B, T, N, Hv] in q's dtype and `lse` [B, N, T] float32."""
-    for leaf in jax.tree.leaves(inputs.mask.predicates):
-        if np.shape(leaf) != ():
-            raise UsageError(f"A predicate's values must be scalars on TPU, got shape {np.shape(leaf)}.")
-    launch = _Launch("forward", options, inputs, plan.rows(inputs))
+    launch = Launch("forward", options, inputs, plan.rows(inputs))
     out = launch(
         anchors=dict(q=launch.queries(inputs.q)),
         streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
@@ -100,7 +100,7 @@ def backward_pass(inputs: Inputs, cotangents: Cotangents, options: Options) -> G
     stats = (lse.swapaxes(1, 2), jnp.inf), (delta.swapaxes(1, 2), 0)
     H, Hv = inputs.q.shape[-1], inputs.v.shape[-1]
 
-    launch = _Launch("dq", options, inputs, plan.rows(inputs))
+    launch = Launch("dq", options, inputs, plan.rows(inputs))
     out = launch(
         anchors=dict(q=launch.queries(inputs.q), do=launch.queries(do), stats=launch.q.lanes(*stats)),
         streams=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
@@ -109,7 +109,7 @@ def backward_pass(inputs: Inputs, cotangents: Cotangents, options: Options) -> G
     dq = launch.q.unlay(out["dq"])
     dslope = None if inputs.slope is None else launch.per_token(out["dslope"]).sum((0, 2))
 
-    launch = _Launch("dkv", options, inputs, plan.columns(inputs))
+    launch = Launch("dkv", options, inputs, plan.columns(inputs))
     out = launch(
         anchors=dict(k=launch.keys(inputs.k), v=launch.keys(inputs.v)),
         streams=dict(q=launch.queries(inputs.q), do=launch.queries(do), stats=launch.q.lanes(*stats)),
@@ -118,15 +118,18 @@ def backward_pass(inputs: Inputs, cotangents: Cotangents, options: Options) -> G
     return Gradients(dq, launch.k.unlay(out["dk"]), launch.k.unlay(out["dv"]), dslope)
 
 
-class _Launch:
-    """One kernel on one call's arrays."""
+class Launch:
+    """One kernel on one call's arrays, and its walk: or one for each place of an outer axis of the grid."""
 
-    def __init__(self, name: str, options: Options, inputs: Inputs, walk: plan.Walk):
+    lead: tuple[int, ...] = ()
+    """Sizes of the grid's axes before those of batch entries, heads, tiles and turns."""
+
+    def __init__(self, name: str, options: Options, inputs: Inputs, *walks: plan.Walk):
         from blockjax.kernels.block_sparse_attention.tpu import kernels
 
         axes = varying_axes(inputs)
-        walk = jax.tree.map(lambda x: vary(jnp.asarray(x), axes), walk)
-        self.name, self.inputs, self.walk = name, inputs, walk
+        self.walks = jax.tree.map(lambda x: vary(jnp.asarray(x), axes), walks)
+        self.name, self.inputs, walk = name, inputs, self.walks[0]
         self.kernel = dict(forward=kernels.Forward, dq=kernels.QueryGradient, dkv=kernels.KeyGradient)[name]
         mask, ranges, keys_stay = inputs.mask, isinstance(walk, plan.RangeWalk), name == "dkv"
         _, T, N, _ = inputs.q.shape
@@ -137,9 +140,8 @@ class _Launch:
         self.k = Side.of(S, mask.bk, K, 1, rows[not keys_stay])
         self.anchor, stream = (self.k, self.q) if keys_stay else (self.q, self.k)
         self.stream = Stream.of(stream, rows[1], consecutive=ranges)
-        leaves, predicates = jax.tree.flatten(mask.predicates)
-        self.numbers, scalars = _scalars(mask, leaves, inputs.slope)
-        near = ranges or layout.lists_fit(self.anchor.blocks, walk.entries.size)
+        self.numbers, where = scalars(mask, inputs.slope)
+        near = ranges or layout.lists_fit(self.anchor.blocks, len(walks) * walk.entries.size)
         longest = 0 if ranges else min(walk.entries.shape[-1], stream.blocks)
         self.call = kernels.Call(
             anchor=self.anchor,
@@ -151,8 +153,8 @@ class _Launch:
             window=0 if near else list_window(longest),
             lists=(walk.bounds.shape[0], 1) if ranges else walk.start.shape[:2],
             list_length=0 if ranges else walk.entries.shape[-1],
-            predicates=predicates,
-            scalars=scalars,
+            predicates=jax.tree.structure(mask.predicates),
+            scalars=where,
             scale=options.scale,
             soft_cap=options.soft_cap,
             bias=inputs.slope is not None,
@@ -173,9 +175,9 @@ class _Launch:
         x = x.reshape(*x.shape[:2], self.q.blocks * self.q.rows, 1)
         return self.q.unlay(x)[..., 0].swapaxes(1, 2)
 
-    def ids(self):
+    def ids(self, inputs: Inputs):
         """Positions and segment ids of the anchor and of the stream, along lanes; None if there are none."""
-        x, fills = self.inputs, (0, -1)
+        x, fills = inputs, (0, -1)
         sides = (self.q, x.q_positions, x.q_segment_ids), (self.k, x.kv_positions, x.kv_segment_ids)
         if x.q_positions is None and x.q_segment_ids is None:
             return None, None
@@ -189,59 +191,86 @@ class _Launch:
         return (k, q) if self.call.anchor_is_keys else (q, k)
 
     def table(self):
-        """[lists, 1, fields * rows] int32."""
+        """[walks * lists, 1, fields * rows] int32."""
+        return jnp.concatenate([self.fields(walk) for walk in self.walks])
+
+    def fields(self, walk: plan.Walk):
         n = self.call.rows
         padded = self.k.block != self.k.padded
         if self.call.ranges:
-            lo, full_lo, full_hi, hi = jnp.moveaxis(self.walk.bounds, 1, 0)
+            lo, full_lo, full_hi, hi = jnp.moveaxis(walk.bounds, 1, 0)
             fields = (lo, hi, hi, hi) if padded else (lo, full_lo, full_hi, hi)
         else:
-            _, start, partial, total = self.walk
+            _, start, partial, total = walk
             fields = start, total if padded else partial, total
         return jnp.stack(fields, -2).reshape(-1, 1, len(fields) * n)
 
     def __call__(self, anchors: dict, streams: dict, outputs: dict) -> dict:
+        here, there = self.ids(self.inputs)
+        if here is not None:
+            anchors, streams = dict(anchors, anchor_ids=here), dict(streams, stream_ids=there)
+        streams = {name: self.stream.extend(x) for name, x in streams.items()}
+        shapes = {name: self.output(*x) for name, x in outputs.items()}
+        out_specs = {name: self.block(x) for name, x in shapes.items()}
+        semantics = "parallel", "parallel", "arbitrary", "arbitrary"
+        return self.run(*self.operands(anchors, streams), shapes, out_specs, dimension_semantics=semantics)
+
+    def output(self, width: int | None, dtype) -> jax.ShapeDtypeStruct:
+        """Of so many numbers per row of the anchor, or of one along lanes; see `PER_ROW`."""
+        anchor = self.anchor
+        rows = (anchor.blocks * anchor.rows, width)
+        if width is None:
+            rows = (anchor.units, 1, max(anchor.part, 128))
+        return self.shape((self.inputs.q.shape[0], anchor.heads, *rows), dtype)
+
+    def shape(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        manual = jax.typeof(self.inputs.q).manual_axis_type
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+
+    def block(self, x):
+        """The anchor's rows, `[B | 1, heads | 1, rows, D]`, or its unit, `[.., units, n, lanes]`."""
+        from jax.experimental import pallas as pl
+
+        tile = (self.anchor.part,) if x.ndim == 4 else (None, x.shape[3])
+        batches, heads = x.shape[:2]
+
+        def index(*place):
+            b, h, tile, _ = place[len(self.lead) :]
+            return b if batches > 1 else 0, h if heads > 1 else 0, tile, *[0] * (x.ndim - 3)
+
+        return pl.BlockSpec((None, None, *tile, x.shape[-1]), index)
+
+    def table_block(self, table, ahead: int):
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
-        call, anchor, stream = self.call, self.anchor, self.stream
-        here, there = self.ids()
-        if here is not None:
-            anchors, streams = dict(anchors, anchor_ids=here), dict(streams, stream_ids=there)
-        streams = {name: stream.extend(x) for name, x in streams.items()}
+        call, (b_lists, h_lists) = self.call, self.call.lists
+        heads = self.anchor.heads * call.inner if call.anchor_is_keys else self.anchor.heads
 
-        def block(x):
-            """The anchor's rows, `[B | 1, heads | 1, rows, D]`, or its unit, `[.., units, n, lanes]`."""
-            tile = (anchor.part,) if x.ndim == 4 else (None, x.shape[3])
-            batches, heads = x.shape[:2]
+        def index(*place):
+            b, h, _, turn = place[len(self.lead) :]
+            turn = (turn + ahead) % call.inner
+            head = h * call.inner + turn if call.anchor_is_keys else h
+            first = place[0] * b_lists * h_lists if self.lead else 0
+            return first + (b if b_lists > 1 else 0) * h_lists + head * h_lists // heads, 0, 0
 
-            def index(b, h, tile, turn):
-                return b if batches > 1 else 0, h if heads > 1 else 0, tile, *[0] * (x.ndim - 3)
+        return pl.BlockSpec((None, 1, table.shape[-1]), index, memory_space=pltpu.SMEM)
 
-            return pl.BlockSpec((None, None, *tile, x.shape[-1]), index)
+    def operands(self, anchors: dict, streams: dict):
+        """All inputs and their specs, and the scratch memory, by name."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
 
-        def table_block(ahead):
-            b_lists, h_lists = call.lists
-            heads = anchor.heads * call.inner if call.anchor_is_keys else anchor.heads
-
-            def index(b, h, tile, turn):
-                turn = (turn + ahead) % call.inner
-                head = h * call.inner + turn if call.anchor_is_keys else h
-                return (b if b_lists > 1 else 0) * h_lists + head * h_lists // heads, 0, 0
-
-            return pl.BlockSpec((None, 1, table.shape[-1]), index, memory_space=pltpu.SMEM)
-
-        table = self.table()
+        call, table = self.call, self.table()
         scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
         far = pl.BlockSpec(memory_space=pltpu.HBM)
         arrays = dict(table=table, following=table, **self.numbers, **anchors, **streams)
-        specs = dict(
-            table=table_block(0), following=table_block(1), **{name: scalar for name in self.numbers}
-        )
-        specs |= {name: block(x) for name, x in anchors.items()} | {name: far for name in streams}
+        specs = dict(table=self.table_block(table, 0), following=self.table_block(table, 1))
+        specs |= {name: scalar for name in self.numbers}
+        specs |= {name: self.block(x) for name, x in anchors.items()} | {name: far for name in streams}
         scratch = dict(phase=pltpu.SMEM((1,), jnp.int32), sems=pltpu.SemaphoreType.DMA((2,)))
         if not call.ranges:
-            arrays["entries"] = self.walk.entries.reshape(-1)
+            arrays["entries"] = jnp.concatenate([walk.entries.reshape(-1) for walk in self.walks])
             specs["entries"] = scalar
             if call.window:
                 arrays["entries"] = jnp.pad(arrays["entries"], (0, call.window))
@@ -249,52 +278,46 @@ class _Launch:
                 scratch["window"] = pltpu.SMEM((2 * call.window,), jnp.int32)
                 scratch["list_sems"] = pltpu.SemaphoreType.DMA((2,))
         for name, x in streams.items():
-            tile = (stream.slots, *x.shape[3:]) if x.ndim == 5 else (stream.rows, x.shape[-1])
-            scratch[f"{name}_buffers"] = pltpu.VMEM((2, *tile), x.dtype)
-        if here is not None:
-            scratch["columns"] = pltpu.VMEM((here.shape[3], anchor.part, 128), jnp.int32)
+            tile = (self.stream.slots, x.shape[-2]) if name in ALONG_LANES else (self.stream.rows,)
+            scratch[f"{name}_buffers"] = pltpu.VMEM((2, *tile, x.shape[-1]), x.dtype)
+        if "anchor_ids" in anchors:
+            rows = anchors["anchor_ids"].shape[3], self.anchor.part, 128
+            scratch["columns"] = pltpu.VMEM(rows, jnp.int32)
         scratch |= {name: pltpu.VMEM(*x) for name, x in self.kernel.scratch(call, *self.widths()).items()}
+        return arrays, specs, scratch
 
-        manual = jax.typeof(self.inputs.q).manual_axis_type
-        out_shapes = {}
-        for name, (width, dtype) in outputs.items():
-            rows = (
-                (anchor.units, 1, max(anchor.part, 128))
-                if width is None
-                else (anchor.blocks * anchor.rows, width)
-            )
-            shape = self.inputs.q.shape[0], anchor.heads, *rows
-            out_shapes[name] = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+    def run(self, arrays: dict, specs: dict, scratch: dict, shapes: dict, out_specs: dict, **params) -> dict:
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
 
         def kernel(*refs):
-            self.kernel(call, dict(zip([*arrays, *out_shapes, *scratch], refs, strict=True))).run()
+            self.kernel(self.call, dict(zip([*arrays, *shapes, *scratch], refs, strict=True))).run()
 
         run = pl.pallas_call(
             kernel,
-            grid=(self.inputs.q.shape[0], anchor.heads, anchor.units, call.inner),
+            grid=(*self.lead, self.inputs.q.shape[0], self.anchor.heads, self.anchor.units, self.call.inner),
             in_specs=[specs[name] for name in arrays],
-            out_specs=[block(x) for x in out_shapes.values()],
-            out_shape=[*out_shapes.values()],
+            out_specs=[out_specs[name] for name in shapes],
+            out_shape=[*shapes.values()],
             scratch_shapes=[*scratch.values()],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=VECTOR_MEMORY,
-            ),
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY, **params),
             interpret=INTERPRET or False,
             name=f"block_sparse_attention_{self.name}",
         )
         # Scalars, and arrays that stay in HBM, have no batching rule.
-        return dict(zip(out_shapes, jax.custom_batching.sequential_vmap(run)(*arrays.values()), strict=True))
+        return dict(zip(shapes, jax.custom_batching.sequential_vmap(run)(*arrays.values()), strict=True))
 
     def widths(self):
         return self.inputs.q.shape[-1], self.inputs.v.shape[-1]
 
 
-def _scalars(mask, leaves, slope):
+def scalars(mask, slope):
     """Offsets and the predicates' values as int32 and float32 vectors, and where each leaf lies."""
     ints, floats, where = [mask.q_offset, mask.kv_offset], [], []
     first = 0 if slope is None else slope.size
-    for leaf in leaves:
+    for leaf in jax.tree.leaves(mask.predicates):
+        if np.shape(leaf) != ():
+            raise UsageError(f"A predicate's values must be scalars on TPU, got shape {np.shape(leaf)}.")
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             where.append(("floats", first + len(floats)))
             floats.append(leaf)

@@ -56,10 +56,14 @@ class Kernel:
     """One grid point: an anchor tile and its walk. `refs` holds every array by name."""
 
     streamed: tuple[str, ...]
+    lead = 0
+    """Axes of the grid before those of batch entries, heads, tiles and turns."""
 
     def __init__(self, call: Call, refs: dict):
         self.call, self.refs = call, refs
-        self.batch, self.head, self.tile, self.turn = (pl.program_id(axis) for axis in range(4))
+        axes = range(self.lead, self.lead + 4)
+        self.batch, self.head, self.tile, self.turn = map(pl.program_id, axes)
+        _, self.heads, self.tiles, _ = map(pl.num_programs, axes)
         self.walker = Walker(
             call.stream, call.rows, call.ranges, refs["table"], refs["following"],
             refs["window" if call.window else "entries"] if not call.ranges else None,
@@ -75,7 +79,7 @@ class Kernel:
         pl.when(self.turn == 0)(self.begin)
         t = self.tile * call.inner + self.turn
         following = t + 1
-        more = following < pl.num_programs(2) * call.inner
+        more = following < self.tiles * call.inner
         refs["phase"][0] = jnp.where(t == 0, 0, refs["phase"][0])
         phase = refs["phase"][0]
 
@@ -139,7 +143,7 @@ class Kernel:
     def list_index(self, t):
         b, h = self.call.lists
         head = self.query_head(lax.rem(t, self.call.inner))
-        heads = pl.num_programs(1) * (self.call.inner if self.call.anchor_is_keys else 1)
+        heads = self.heads * (self.call.inner if self.call.anchor_is_keys else 1)
         batch = self.batch if b > 1 else 0
         return batch * h + (lax.div(head * h, heads) if h > 1 else 0)
 
@@ -157,15 +161,18 @@ class Kernel:
         return pltpu.make_async_copy(source, target, refs["list_sems"].at[t & 1])
 
     def copy(self, row, step, buffer, turn):
+        self.start(self.lanes, row, step, buffer, turn)
+
+    def start(self, lanes, row, step, buffer, turn):
+        """The copies of a tile of the stream from these lanes."""
         call = self.call
 
         def where(lane):
             b, h = lane.source.shape[:2]
-            heads = pl.num_programs(1)
-            head = self.query_head(turn) if call.anchor_is_keys else lax.div(self.head * h, heads)
+            head = self.query_head(turn) if call.anchor_is_keys else lax.div(self.head * h, self.heads)
             return self.batch if b > 1 else 0, head if h > 1 else 0
 
-        walks.start_copies(self.walker, self.lanes, self.refs["sems"], row, step, buffer, where)
+        walks.start_copies(self.walker, lanes, self.refs["sems"], row, step, buffer, where)
 
     def begin(self):
         """Before the first tile of the stream."""
@@ -312,7 +319,8 @@ class Forward(Kernel):
         acc = refs["acc"]
         acc[...] = acc[...] * widen(kept, acc.shape[1]) + dot(p.astype(v.dtype), v)
 
-    def finish(self):
+    def partial(self):
+        """`o` [rows, Hv] and `lse` [rows, 128], the same in all lanes, float32."""
         refs, width = self.refs, self.refs["o"].shape[-1]
         acc = refs["acc"][...]
         if self.call.sum_in_product:
@@ -322,9 +330,12 @@ class Forward(Kernel):
         some = total > 0
         safe = jnp.where(some, total, 1.0)
         o = acc[:, :width] * widen(jnp.where(some, 1.0 / safe, 0.0), width)
-        refs["o"][...] = o.astype(refs["o"].dtype)
-        lse = jnp.where(some, (refs["top"][...] + jnp.log2(safe)) / LOG2_E, -jnp.inf)
-        refs["lse"][...] = walks.to_lanes(lse)
+        return o, jnp.where(some, (refs["top"][...] + jnp.log2(safe)) / LOG2_E, -jnp.inf)
+
+    def finish(self):
+        o, lse = self.partial()
+        self.refs["o"][...] = o.astype(self.refs["o"].dtype)
+        self.refs["lse"][...] = walks.to_lanes(lse)
 
 
 class Backward(Kernel):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.spec import Tiles
@@ -186,3 +187,37 @@ class Stream:
             return x
         room = (self.slots - 1) * (self.side.part if x.ndim == 4 else 1)
         return jnp.pad(x, [(0, 0), (0, 0), (0, room)] + [(0, 0)] * (x.ndim - 3))
+
+
+class Route(NamedTuple):
+    """Which shards of keys a place visits, and how they get there.
+
+    `axis` is the mesh axis of the ring, `size` its places, `stride` the devices from one to the next;
+    `visits` are the offsets `t` of the places `t` before this one, negative ones behind, the own shard first.
+    `halves`: the shard from the opposite place comes by both ways, half of its heads each.
+    """
+
+    axis: str
+    size: int
+    stride: int
+    visits: tuple[int, ...]
+    halves: bool
+
+    @staticmethod
+    def of(axis: str, size: int, stride: int, offsets, heads: int) -> "Route":
+        """To the places `offsets` before this one, of 1 .. size - 1, by the shorter way."""
+        near = [t if 2 * t <= size else t - size for t in offsets]
+        halves = heads % 2 == 0 and 2 * max(near, default=0) == size
+        return Route(axis, size, stride, (0, *sorted(near, key=lambda t: (abs(t), -t))), halves)
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """How often this place sends to the next one, and to the one before."""
+        there, back = max(0, *self.visits), max(0, *(-t for t in self.visits))
+        return (there, there) if self.halves else (there, back)
+
+    @property
+    def shards(self) -> tuple[float, float]:
+        """How many shards that are."""
+        there, back = self.copies
+        return there - self.halves / 2, back - self.halves / 2
