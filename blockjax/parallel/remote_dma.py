@@ -23,19 +23,29 @@ class RemoteDma:
     otherwise: Any
 
     def refuses(self, job: Job) -> str | None:
-        platform, implementation = target().platform, job.options["implementation"]
+        platform, implementation = target().platform, job.options.get("implementation")
         if platform != "tpu" and tpu.INTERPRET is None:
             return f"its forward is a TPU kernel, and this runs on {platform}"
         if implementation not in (None, "tpu"):
             return f"its forward is a TPU kernel, not implementation={implementation!r}"
         return self.otherwise.refuses(job)
 
-    def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
+    def rounds(self, job: Job, K: int, backward: bool) -> int:
+        if backward:
+            return self.otherwise.rounds(job, K, backward)
+        route = self.route(job, K)
+        return max(route.copies) if route else 0
+
+    def route(self, job: Job, K: int) -> Route | None:
+        """None if no place has keys that another needs."""
         ring = job.ring
         live = [t for t in range(1, ring.size) if ring.live(t, "keys").any()]
-        if not live:
-            return job.forward(queries, keys, job.piece(queries.lists, ring.place, ring.place))
-        route = Route.of(ring.axis, ring.size, ring.stride, live, heads=keys.k.shape[2])
+        return Route.of(ring.axis, ring.size, ring.stride, live, heads=K) if live else None
+
+    def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
+        route, here = self.route(job, keys.k.shape[2]), job.ring.place
+        if route is None:
+            return job.forward(queries, keys, job.piece(queries.lists, here, here))
         return job.forward_round(queries, keys, route)
 
     def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):

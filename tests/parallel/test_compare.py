@@ -23,6 +23,7 @@ def test_rounds_are_those_of_the_schedules():
         "all_gather": (1, 2),
         "ring": (7, 8),
         "two_stream_ring": (4, 8),
+        "ring_dma": (),
         "token_ring": (8, 8),
         "token_ring_direct": (8, 8),
         "halo": (),
