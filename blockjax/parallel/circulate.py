@@ -6,9 +6,9 @@ belongs to the part follows it one step behind, or is sent home at once. Forward
 with keys or queries on the move, are this loop (Ring Attention, arXiv:2310.01889; TokenRing, 2412.20501).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Ring:
     size: int
     stride: int
     uses: np.ndarray
+    loops = True
 
     @property
     def place(self):
@@ -82,51 +83,133 @@ class Trip:
     local: Literal["first", "last"] | None = "first"
 
 
-def circulate(
-    ring: Ring,
-    trip: Trip,
-    part: Tree,
-    visit: Callable,
-    fold: Callable,
-    empty: Tree = 0,
-    narrow: Callable = lambda x: x,
-):
-    """Sends `part` around; returns what this device folded, and what came back for its own part.
+@dataclass(frozen=True, eq=False)
+class Journey:
+    """A trip and what happens on it.
 
-    Args:
-        visit: `visit(part, offset) -> (here, back)`, with the part whose home is `offset` places behind;
-            either result may be None.
-        fold: of two results, here or back.
-        empty: what a result that has met nothing is.
-        narrow: makes of a result what goes straight home, where it is widened again.
+    `visit(part, offset) -> (here, back)` is given the part whose home is `offset` places behind; either
+    result may be None. `fold` is of two results, here or back, and `empty` what a result that has met nothing
+    is. `narrow` makes of a result what goes straight home, where it is widened again.
     """
-    results: list[Tree] = [None, None]
 
-    def take(*new):
-        for i, x in enumerate(new):
-            if x is not None:
-                results[i] = x if results[i] is None else fold(results[i], x)
+    trip: Trip
+    part: Tree
+    visit: Callable
+    fold: Callable
+    empty: Tree = 0
+    narrow: Callable = lambda x: x
 
-    live = [ring.live(offset, trip.moving) for offset in trip.offsets]
-    moving, at, following, met = part, 0, None, np.zeros(ring.size, bool)
-    if trip.local == "first":
-        take(*visit(part, 0))
-    for i, offset in enumerate(trip.offsets):
-        needed = np.any(live[i:], axis=0)
-        moving = ring.shift(moving, offset - at, np.roll(needed, at))
-        here, back = visit(moving, offset)
-        take(here)
-        if back is not None and trip.home == "direct":
-            arrived = ring.shift(narrow(back), -offset, np.roll(live[i], offset), empty)
-            take(None, jax.tree.map(lambda a, b: a.astype(b.dtype), arrived, back))
-        elif back is not None:
-            if following is not None:
-                arrived = ring.shift(following, offset - at, np.roll(met, at), empty)
-                back = fold(arrived, back)
-            following, met = back, met | live[i]
-        at = offset
-    if following is not None:
-        take(None, ring.shift(following, -at, np.roll(met, at), empty))
-    if trip.local == "last":
-        take(*visit(part, 0))
-    return tuple(results)
+
+LONG = 16
+"""Hops beyond which those in the middle are one loop: a kernel of each would take minutes to compile."""
+
+
+def circulate(ring: Ring, journeys: Sequence[Journey]) -> list[tuple[Tree, Tree]]:
+    """Sends parts around at the same time; of each, what this device folded, and what came back of its own."""
+    walks = [_Walk(ring, journey) for journey in journeys]
+    hops = max(len(walk.offsets) for walk in walks)
+    middle = range(1, min(len(walk.offsets) for walk in walks) - 1)
+    if not (ring.loops and len(middle) > LONG and all(walk.even for walk in walks)):
+        middle = range(0)
+    for i in range(hops):
+        if i not in middle:
+            for walk in walks:
+                walk.hop(i)
+        elif i == middle.start:
+
+            def body(states, offsets):
+                for walk, state, offset in zip(walks, states, offsets, strict=True):
+                    walk.state = state
+                    walk.step(offset, 1 if walk.offsets[0] > 0 else -1)
+                return [walk.state for walk in walks], None
+
+            offsets = [jnp.asarray(walk.offsets[middle.start : middle.stop]) for walk in walks]
+            states, _ = lax.scan(body, [walk.state for walk in walks], offsets)
+            for walk, state in zip(walks, states, strict=True):
+                walk.state = state
+    return [walk.results() for walk in walks]
+
+
+class _State(NamedTuple):
+    """`moving` has arrived for the next visit; `following` is what belongs to the part that was here last."""
+
+    moving: Tree
+    following: Tree
+    here: Tree
+    back: Tree
+
+
+class _Walk:
+    """A journey on its way."""
+
+    def __init__(self, ring: Ring, journey: Journey):
+        self.ring, self.journey, self.trip = ring, journey, journey.trip
+        self.offsets = journey.trip.offsets
+        self.live = [ring.live(offset, self.trip.moving) for offset in self.offsets]
+        # Which places' parts have work at this offset or a later one.
+        self.needed = [np.any(self.live[i:], axis=0) for i in range(len(self.offsets))]
+        self.met = np.zeros(ring.size, bool)
+        here = back = None
+        if self.trip.local == "first":
+            here, back = journey.visit(journey.part, 0)
+        moving = self.send(journey.part, 0, 0) if self.offsets else None
+        self.state = _State(moving, None, here, back)
+
+    @property
+    def even(self) -> bool:
+        """Whether all hops are alike: to the next place, from all, with results that follow."""
+        steps = np.diff((0, *self.offsets))
+        alike = len(set(steps)) == 1 and abs(steps[0]) == 1
+        return alike and self.trip.home == "follow" and all(live.all() for live in self.live)
+
+    def send(self, moving: Tree, at: int, i: int) -> Tree:
+        """To the i-th visit, from offset `at`."""
+        return self.ring.shift(moving, self.offsets[i] - at, np.roll(self.needed[i], at))
+
+    def hop(self, i: int) -> None:
+        """The i-th visit, while the part is sent on to the next one."""
+        if i >= len(self.offsets):
+            return
+        offset, before = self.offsets[i], self.offsets[i - 1] if i else 0
+        ahead = self.send(self.state.moving, offset, i + 1) if i + 1 < len(self.offsets) else None
+        following = self.state.following
+        if following is not None:
+            following = self.ring.shift(
+                following, offset - before, np.roll(self.met, before), self.journey.empty
+            )
+        here, back = self.journey.visit(self.state.moving, offset)
+        if back is not None and self.trip.home == "direct":
+            senders = np.roll(self.live[i], offset)
+            arrived = self.ring.shift(self.journey.narrow(back), -offset, senders, self.journey.empty)
+            back = jax.tree.map(lambda a, b: a.astype(b.dtype), arrived, back)
+            self.state = self.state._replace(moving=ahead, back=self.fold(self.state.back, back))
+        else:
+            self.met = self.met | self.live[i]
+            self.state = self.state._replace(moving=ahead, following=self.fold(following, back))
+        self.state = self.state._replace(here=self.fold(self.state.here, here))
+
+    def step(self, offset: jax.Array, by: int) -> None:
+        """`hop` of an even walk, at an offset that is traced."""
+        everyone = np.ones(self.ring.size, bool)
+        ahead = self.ring.shift(self.state.moving, by, everyone)
+        following = self.state.following
+        if following is not None:
+            following = self.ring.shift(following, by, everyone)
+        here, back = self.journey.visit(self.state.moving, offset)
+        here, following = self.fold(self.state.here, here), self.fold(following, back)
+        self.state = _State(ahead, following, here, self.state.back)
+
+    def results(self) -> tuple[Tree, Tree]:
+        _, following, here, back = self.state
+        if following is not None:
+            at = self.offsets[-1]
+            home = self.ring.shift(following, -at, np.roll(self.met, at), self.journey.empty)
+            back = self.fold(back, home)
+        if self.trip.local == "last":
+            own = self.journey.visit(self.journey.part, 0)
+            here, back = self.fold(here, own[0]), self.fold(back, own[1])
+        return here, back
+
+    def fold(self, a: Tree, b: Tree) -> Tree:
+        """Of two results, either of which may not be there."""
+        return b if a is None else a if b is None else self.journey.fold(a, b)

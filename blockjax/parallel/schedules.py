@@ -17,7 +17,7 @@ from jax import lax
 from blockjax import partials
 from blockjax.kernels.block_sparse_attention.spec import Cotangents
 from blockjax.masks import Between, Ranges
-from blockjax.parallel.circulate import Trip, circulate
+from blockjax.parallel.circulate import Journey, Trip, circulate
 from blockjax.parallel.remote_dma import RemoteDma
 from blockjax.parallel.shards import Job, Keys, Queries, add, heads
 
@@ -75,54 +75,50 @@ class Circulating:
         ]
 
     def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
-        def run(leg: Leg):
+        keys_move = self.moving == "keys"
+
+        def journey(leg: Leg) -> Journey:
             own, q, k = (heads(x, leg.cut) for x in (job, queries, keys))
 
             def visit(part, offset):
-                if self.moving == "keys":
-                    return own.forward(q, part, own.piece(q.lists, *_places(own, offset, "keys"))), None
-                return None, own.forward(part, k, own.piece(part.lists, *_places(own, offset, "queries")))
+                places = _places(own, offset, self.moving)
+                if keys_move:
+                    return own.forward(q, part, own.piece(q.lists, *places)), None
+                return None, own.forward(part, k, own.piece(part.lists, *places))
 
-            part = k if self.moving == "keys" else q
-            here, back = circulate(
-                own.ring,
-                leg.trip,
-                part,
-                visit,
-                partials.merge,
-                empty=(0, -jnp.inf),
-                narrow=rounded(q.q.dtype),
-            )
-            return here if self.moving == "keys" else back
+            empty, narrow = (0, -jnp.inf), rounded(q.q.dtype)
+            return Journey(leg.trip, k if keys_move else q, visit, partials.merge, empty, narrow)
 
         legs = self.legs(job, keys.k.shape[2], backward=False)
-        found = [run(leg) for leg in legs]
+        found = [x[not keys_move] for x in circulate(job.ring, [journey(leg) for leg in legs])]
         if legs[0].parts == 1:
-            return partials.fold(found)
+            return partials.fold(x for x in found if x is not None)
         return tuple(jnp.concatenate(x, 2) for x in zip(*found, strict=True))
 
     def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):
-        def run(leg: Leg):
+        keys_move = self.moving == "keys"
+
+        def journey(leg: Leg) -> Journey:
             own, q, k, stats = (heads(x, leg.cut) for x in (job, queries, keys, statistics))
 
             def visit(part, offset):
                 places = _places(own, offset, self.moving)
-                if self.moving == "keys":
+                if keys_move:
                     return own.backward(q, part, own.piece(q.lists, *places), stats)
                 part, stats_of_part = part
                 (dq, dslope), dkv = own.backward(part, k, own.piece(part.lists, *places), stats_of_part)
                 return (dkv, dslope), dq
 
-            part = k if self.moving == "keys" else (q, stats)
-            here, back = circulate(own.ring, leg.trip, part, visit, add, narrow=rounded(q.q.dtype))
-            if self.moving == "keys":
-                return here, back
-            dkv, dslope = here
-            return (back, dslope), dkv
+            part = k if keys_move else (q, stats)
+            return Journey(leg.trip, part, visit, add, narrow=rounded(q.q.dtype))
 
-        found = [run(leg) for leg in self.legs(job, keys.k.shape[2], backward=True)]
-        (dq, dslope), (dk, dv) = jax.tree.map(lambda *x: x, *found) if len(found) > 1 else found[0]
-        if len(found) == 1:
+        legs = self.legs(job, keys.k.shape[2], backward=True)
+        found = []
+        for here, back in circulate(job.ring, [journey(leg) for leg in legs]):
+            (dq, dslope), dkv = (here, back) if keys_move else ((back, here[1]), here[0])
+            found.append((dq, dslope, *dkv))
+        dq, dslope, dk, dv = (x[0] if len(legs) == 1 else x for x in zip(*found, strict=True))
+        if len(legs) == 1:
             return (dq, dslope), (dk, dv)
         dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
         return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)

@@ -46,6 +46,7 @@ class Traffic:
 
 @dataclass(frozen=True, eq=False)
 class _DryRing(Ring):
+    loops = False  # a loop's body is traced once
     sent: list = field(default_factory=list)
 
     @property
