@@ -25,6 +25,7 @@ from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Causal
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS
+from blockjax.pods import libtpu
 from experiments import tpu_schedule
 from tests.kernels.block_sparse_attention_suite import random_blocks
 from tests.parallel.test_attention import compare, dense_backward, make, mesh_of
@@ -229,7 +230,7 @@ def compile_for(chip, cases):
         assert text.count('custom_call_target="tpu_custom_call"') == 1 and "collective-permute" not in text
 
 
-@pytest.mark.skipif(tpu_schedule.libtpu() is None, reason="needs libtpu: make test installs it")
+@pytest.mark.skipif(libtpu.library() is None, reason="needs libtpu: make test installs it")
 @pytest.mark.parametrize(
     ("chip", "cases"),
     [
