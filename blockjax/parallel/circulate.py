@@ -105,7 +105,11 @@ LONG = 16
 
 
 def circulate(ring: Ring, journeys: Sequence[Journey]) -> list[tuple[Tree, Tree]]:
-    """Sends parts around at the same time; of each, what this device folded, and what came back of its own."""
+    """Sends parts around, all at the same time.
+
+    Returns:
+        Of each journey, what this device folded, and what came back for its own part.
+    """
     walks = [_Walk(ring, journey) for journey in journeys]
     hops = max(len(walk.offsets) for walk in walks)
     middle = range(1, min(len(walk.offsets) for walk in walks) - 1)

@@ -14,9 +14,11 @@ from jax.sharding import AxisType
 
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Causal
+from blockjax.parallel import circulate
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS, Layout, lockstep, work
 from blockjax.parallel.schedules import SCHEDULES
+from tests.jaxprs import equations
 from tests.kernels.block_sparse_attention_suite import random_blocks
 
 BLOCKS = dict(bq=8, bk=8)
@@ -308,3 +310,23 @@ def test_a_layout_that_does_not_fit_is_refused(length, P, block, match):
     (q, k, v), _ = make(mask, 4, 2)
     with pytest.raises(UsageError, match=match):
         attention(q, k, v, mask, mesh=mesh_of(4), layout=Layout.of("contiguous", length, P, block))
+
+
+@pytest.mark.parametrize("schedule", ["ring", "two_stream_ring", "token_ring", "token_ring_direct"])
+def test_hops_in_the_middle_of_a_long_ring_are_one_loop(schedule, monkeypatch):
+    P = 8
+    arrays = dict(q_segment_ids=np.sort(np.random.default_rng(0).integers(-1, 4, (2, 16 * P))))
+    learned = dict(slope=jnp.geomspace(0.5, 0.01, 4))
+    mask, how = MASKS["lists a head"](16 * P), dict(schedule=schedule, layout="striped")
+
+    def visits():
+        inputs, (do, _) = make(mask, 4, 2)
+        call = functools.partial(attention, mesh=mesh_of(P), mask=mask, **how)
+        jaxpr = jax.make_jaxpr(lambda *x: jax.vjp(call, *x)[1](do))(*inputs)
+        return sum(e.primitive.name == "ppermute" for e in equations(jaxpr.jaxpr))
+
+    written_out = visits()
+    monkeypatch.setattr(circulate, "LONG", 1)
+    loops = schedule != "token_ring_direct"
+    assert visits() < 0.9 * written_out if loops else visits() == written_out
+    compare(P, mask, 4, 2, learned, arrays, **how)
