@@ -31,6 +31,7 @@ from rich.table import Table
 from blockjax.errors import UsageError
 from blockjax.parallel import SCHEDULES, Layout, attention
 from blockjax.parallel.compare import Shape, count
+from blockjax.parallel.mesh import compiler_options
 
 N, H, BLOCK = 32, 128, 512
 CHECKED = 16384
@@ -137,10 +138,8 @@ class Program:
             o, pullback = jax.vjp(lambda *x: forward(*x, do, ids), q, k, v)
             return o, *pullback(do)
 
-        flags = {"xla_gpu_enable_latency_hiding_scheduler": hide} if jax.default_backend() == "gpu" else None
-
         def compiled(f):
-            return jax.jit(f).lower(*self.arrays).compile(flags)
+            return jax.jit(f).lower(*self.arrays).compile(compiler_options(mesh) if hide else {})
 
         self.forward, self.both = compiled(forward), compiled(both)
 

@@ -11,7 +11,7 @@ import pytest
 ON_GPU = os.environ.get("BLOCKJAX_TEST_PLATFORM", "cpu") == "cuda"
 os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-# Threads of XLA's: eight devices may each wait in several collectives, and fewer wait for each other for ever.
+# As many threads of XLA as may wait for each other: eight devices, each in several collectives at a time.
 os.environ.setdefault("NPROC", "64")
 if ON_GPU:
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # tuning takes longer than the tests

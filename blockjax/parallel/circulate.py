@@ -61,7 +61,11 @@ class Ring:
 
     def scatter(self, x: jax.Array) -> jax.Array:
         """The sum over places of each one's part of x along axis 1: the transpose of `gather`."""
-        return lax.psum_scatter(x, self.axis, scatter_dimension=1, tiled=True, **self._groups())
+        B, S, *rest = x.shape
+        # Of any other shape XLA makes an all-reduce of it for TPUs, which sends twice as much.
+        rows = x.reshape(B, self.size, S // self.size, -1).swapaxes(0, 1).reshape(B * S, -1)
+        own = lax.psum_scatter(rows, self.axis, scatter_dimension=0, tiled=True, **self._groups())
+        return own.reshape(B, S // self.size, *rest)
 
     def _groups(self) -> dict:
         if self.stride == 1:
@@ -117,12 +121,13 @@ def circulate(ring: Ring, journeys: Sequence[Journey]) -> list[tuple[Tree, Tree]
         middle = range(0)
     for i in range(hops):
         if i not in middle:
-            for walk in walks:
+            for walk, state in zip(walks, in_turn([walk.state for walk in walks]), strict=True):
+                walk.state = state
                 walk.hop(i)
         elif i == middle.start:
 
             def body(states, offsets):
-                for walk, state, offset in zip(walks, states, offsets, strict=True):
+                for walk, state, offset in zip(walks, in_turn(states), offsets, strict=True):
                     walk.state = state
                     walk.step(offset, 1 if walk.offsets[0] > 0 else -1)
                 return [walk.state for walk in walks], None
@@ -132,6 +137,15 @@ def circulate(ring: Ring, journeys: Sequence[Journey]) -> list[tuple[Tree, Tree]
             for walk, state in zip(walks, states, strict=True):
                 walk.state = state
     return [walk.results() for walk in walks]
+
+
+def in_turn(x: Tree) -> Tree:
+    """x, whose parts are all there before anything is done with one of them.
+
+    What has arrived waits for the work on what came before it: so the next transfer hides behind that work.
+    Left to itself the compiler may do all transfers first.
+    """
+    return lax.optimization_barrier(x)
 
 
 class _State(NamedTuple):
@@ -204,13 +218,13 @@ class _Walk:
         self.state = _State(ahead, following, here, self.state.back)
 
     def results(self) -> tuple[Tree, Tree]:
-        _, following, here, back = self.state
+        (_, following, here, back), part = in_turn((self.state, self.journey.part))
         if following is not None:
             at = self.offsets[-1]
             home = self.ring.shift(following, -at, np.roll(self.met, at), self.journey.empty)
             back = self.fold(back, home)
         if self.trip.local == "last":
-            own = self.journey.visit(self.journey.part, 0)
+            own = self.journey.visit(part, 0)
             here, back = self.fold(here, own[0]), self.fold(back, own[1])
         return here, back
 

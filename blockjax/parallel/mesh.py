@@ -62,6 +62,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options of XLA with which transfers along `seq` hide behind kernels, where they are not its defaults."""
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    return {"xla_gpu_enable_latency_hiding_scheduler": True} if on_gpu and mesh.shape["seq"] > 1 else {}
+
+
 def partition_spec(names: Sequence[str | None]) -> P:
     """The partition of an array whose dimensions carry these logical names."""
     rules = dict(reversed(RULES))

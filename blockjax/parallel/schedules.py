@@ -17,7 +17,7 @@ from jax import lax
 from blockjax import partials
 from blockjax.kernels.block_sparse_attention.spec import Cotangents
 from blockjax.masks import Between, Ranges
-from blockjax.parallel.circulate import Journey, Trip, circulate
+from blockjax.parallel.circulate import Journey, Trip, circulate, in_turn
 from blockjax.parallel.remote_dma import RemoteDma
 from blockjax.parallel.shards import Job, Keys, Queries, add, heads
 
@@ -152,18 +152,19 @@ class AllGather:
     def forward(self, job: Job, queries: Queries, keys: Keys) -> partials.Partial:
         found = []
         for own, q, k, _ in self.parts(job, queries, keys):
-            found.append(own.forward(q, self.gather(own, k), own.piece(q.lists, own.ring.place, None)))
+            k, found = in_turn((self.gather(own, k), found))
+            found.append(own.forward(q, k, own.piece(q.lists, own.ring.place, None)))
         return tuple(jnp.concatenate(x, 2) for x in zip(*found, strict=True))
 
     def backward(self, job: Job, queries: Queries, keys: Keys, statistics: Cotangents):
-        found = []
+        dqs, found = [], []
         for own, q, k, stats in self.parts(job, queries, keys, statistics):
-            (dq, dslope), dkv = own.backward(
-                q, self.gather(own, k), own.piece(q.lists, own.ring.place, None), stats
-            )
-            found.append((dq, dslope, *map(own.ring.scatter, dkv)))
-        dq, dslope, dk, dv = zip(*found, strict=True)
-        dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
+            k, dqs = in_turn((self.gather(own, k), dqs))
+            (dq, dslope), dkv = own.backward(q, k, own.piece(q.lists, own.ring.place, None), stats)
+            dqs.append(dq)
+            found.append((dslope, *map(own.ring.scatter, dkv)))
+        dslope, dk, dv = zip(*found, strict=True)
+        dq, dk, dv = (jnp.concatenate(x, 2) for x in (dqs, dk, dv))
         return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
 
     def parts(self, job, queries, keys, statistics=None):

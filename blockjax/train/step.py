@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from blockjax.masks.predicates import array_module
 from blockjax.models import TransformerConfig
-from blockjax.parallel.mesh import partition_spec
+from blockjax.parallel.mesh import compiler_options, partition_spec
 from blockjax.train.config import ConfigDict
 from blockjax.train.loss import LossSums, cross_entropy
 from blockjax.train.state import StatePlan, TrainState
@@ -123,7 +123,12 @@ def lower_train_step(plan: StatePlan, config: ConfigDict, mesh: Mesh, dial: Dial
     shape, placement = (config.data.batch_size, config.data.seq_len), batch_sharding(mesh)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement) for key in BATCH_KEYS}
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P())))
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(placed, NamedSharding(mesh, P())),
+        compiler_options=compiler_options(mesh),
+    )
     return jitted.lower(plan.abstract, batch)
 
 

@@ -208,7 +208,10 @@ def _column_lists(index, tag, listed, full, nk: int) -> ListWalk:
     at = np.array if xp is np else jnp.array
     search = np.vectorize(lambda k: np.searchsorted(k, edges), signature="(x)->(e)")
     if xp is not np:
-        search = jnp.vectorize(lambda k: jnp.searchsorted(k, edges), signature="(x)->(e)")
+        # Unrolled, the steps of the search are one kernel.
+        search = jnp.vectorize(
+            lambda k: jnp.searchsorted(k, edges, method="scan_unrolled"), signature="(x)->(e)"
+        )
     edge = search(at(key))
     start, middle, stop = edge[..., :-1:2], edge[..., 1::2], edge[..., 2::2]
     return _list_walk(entry, start, middle - start, stop - start)

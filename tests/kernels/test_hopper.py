@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 import unittest.mock
+from dataclasses import replace
 from typing import ClassVar
 
 import jax
@@ -16,7 +17,7 @@ from blockjax.kernels.block_sparse_attention.hopper import schedule
 from blockjax.kernels.block_sparse_attention.spec import Spec
 from blockjax.kernels.platforms import Target
 
-from blockjax.masks import BlockMask, Causal, Window
+from blockjax.masks import Between, BlockMask, Causal, Window
 from blockjax.models.transformer import REMAT
 from tests.kernels.block_sparse_attention_suite import (
     MASKS,
@@ -65,6 +66,12 @@ def lists(*heads, T=256, S=256, bq=128, bk=128, predicate=None):
     return BlockMask.from_block_bool(blocks, T, S, bq=bq, bk=bk, predicate=predicate)
 
 
+def halo(start):
+    """A window over keys that begin before the queries do, at a place that is not known."""
+    mask = BlockMask.window(512, left=64)
+    return replace(mask, predicate=mask.predicate & Between(0, 512)).rows(start, 2).columns(start - 1, 3)
+
+
 def traced_lists(listed):
     return BlockMask.from_block_bool(listed, predicate=Causal())
 
@@ -97,6 +104,7 @@ LOWERED = {
         (),
     ),
     "traced lists": (dict(), traced_lists, (jax.ShapeDtypeStruct((4, 2, 2), "bool"),), ("positions",)),
+    "between": (dict(), halo, (jax.ShapeDtypeStruct((), "int32"),), ()),
     "and": (dict(), BlockMask.chunked(256, size=100) & BlockMask.causal(256), (), ()),
     "or": (
         dict(),

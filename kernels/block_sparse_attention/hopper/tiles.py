@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import WG_ROWS, WGS
 from jax import lax
 
-from blockjax.masks.predicates import And, Causal, Everything, Or, Predicate
+from blockjax.masks.predicates import And, Between, Causal, Everything, Or, Predicate
 
 LOG2_E = math.log2(math.e)
 
@@ -298,6 +298,9 @@ class Plane:
             return None if a is None or b is None else a | b
         if isinstance(predicate, Causal):
             return self.of_key(k.position) <= self.of_query(q.position)
+        if isinstance(predicate, Between):
+            keys = self.of_key(k.position)
+            return (predicate.first <= keys) & (keys < predicate.stop)
         if predicate.interval(0) is None:
             q, k = self.of_query(q.position), self.of_key(k.position)
             # Always true, for a function that looks at one of the two: both vectors must be used.

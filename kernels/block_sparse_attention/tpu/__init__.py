@@ -22,6 +22,7 @@ from blockjax.kernels.block_sparse_attention.tpu.layout import (
 from blockjax.kernels.platforms import vary, varying_axes
 
 from blockjax.errors import UsageError
+from blockjax.masks.predicates import is_concrete
 
 INTERPRET = None
 """True, or `pltpu.InterpretParams`, to run the kernels on CPU: for tests."""
@@ -127,6 +128,10 @@ class Launch:
     def __init__(self, name: str, options: Options, inputs: Inputs, *walks: plan.Walk):
         from blockjax.kernels.block_sparse_attention.tpu import kernels
 
+        share = max(_share(walk, inputs.mask, name) for walk in walks)
+        self.pairs = (
+            len(walks) * share * inputs.q.shape[0] * inputs.q.shape[2] * inputs.mask.T * inputs.mask.S
+        )
         axes = varying_axes(inputs)
         self.walks = jax.tree.map(lambda x: vary(jnp.asarray(x), axes), walks)
         self.name, self.inputs, walk = name, inputs, self.walks[0]
@@ -301,14 +306,39 @@ class Launch:
             out_shape=[*shapes.values()],
             scratch_shapes=[*scratch.values()],
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY, **params),
+            cost_estimate=self.cost(arrays, shapes),
             interpret=INTERPRET or False,
             name=f"block_sparse_attention_{self.name}",
         )
         # Scalars, and arrays that stay in HBM, have no batching rule.
         return dict(zip(shapes, jax.custom_batching.sequential_vmap(run)(*arrays.values()), strict=True))
 
+    def cost(self, arrays: dict, shapes: dict):
+        """For XLA, which hides transfers behind kernels of which it knows that they take long."""
+        from jax.experimental import pallas as pl
+
+        (H, Hv), size = self.widths(), lambda x: x.size * x.dtype.itemsize
+        products = dict(forward=H + Hv, dq=2 * H + Hv, dkv=2 * H + 2 * Hv)[self.name]
+        return pl.CostEstimate(
+            flops=int(2 * products * self.pairs),
+            transcendentals=int(self.pairs),
+            bytes_accessed=sum(map(size, (*arrays.values(), *shapes.values()))),
+        )
+
     def widths(self):
         return self.inputs.q.shape[-1], self.inputs.v.shape[-1]
+
+
+def _share(walk: plan.Walk, mask, name: str) -> float:
+    """Of all tiles, how many a walk visits; 1 where it is not known before the program runs."""
+    if not is_concrete(walk):
+        return 1.0
+    visits = (
+        walk.total
+        if isinstance(walk, plan.ListWalk)
+        else np.maximum(walk.bounds[:, 3] - walk.bounds[:, 0], 0)
+    )
+    return float(np.mean(visits)) / max(1, mask.nq if name == "dkv" else mask.nk)
 
 
 def scalars(mask, slope):
