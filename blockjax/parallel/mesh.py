@@ -63,7 +63,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """Options of XLA with which transfers along `seq` hide behind kernels, where they are not its defaults."""
+    """Options of XLA, other than its defaults, with which transfers along `seq` hide behind kernels."""
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     return {"xla_gpu_enable_latency_hiding_scheduler": True} if on_gpu and mesh.shape["seq"] > 1 else {}
 

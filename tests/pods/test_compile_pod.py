@@ -68,32 +68,6 @@ def test_what_does_not_fit(python):
     assert "What helps: " in done.stdout and "fsdp" in done.stdout and "Useful" not in done.stdout
 
 
-SCATTER = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from blockjax.parallel import make_mesh
-from blockjax.parallel.circulate import Ring
-from blockjax.pods.collectives import collectives
-from blockjax.pods.program import Program
-from blockjax.pods.topology import open_topology
-
-mesh = make_mesh(dict(seq=4), open_topology("v5e:2x2").devices)
-ring = Ring("seq", 4, 1, np.ones((4, 4), bool))
-scattered = jax.shard_map(ring.scatter, mesh=mesh, in_specs=P(), out_specs=P(None, "seq"), check_vma=False)
-x = jax.ShapeDtypeStruct((2, 4096, 4, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
-for found in collectives(Program(jax.jit(scattered).lower(x).compile().as_text()), mesh):
-    print(found.kind, found.sent)
-"""
-
-
-def test_gradients_of_gathered_keys_are_scattered_as_such_on_tpus(python):
-    done = python("-c", SCATTER)
-    sent = dict(line.split() for line in done.stdout.splitlines())
-    # libtpu rounds rows up, and a permutation of less than a hundredth of the bytes puts them straight.
-    assert {"reduce-scatter"} <= sent.keys() <= {"reduce-scatter", "collective-permute"}, done.stderr[-2000:]
-    assert sum(map(float, sent.values())) == pytest.approx(2 * 4096 * 4 * 128 * 4 * 3 / 4, rel=0.02)
-
-
 @pytest.mark.slow
 def test_a_mistake_ends_in_one_sentence(python):
     done = python(SCRIPT, SMALL[0], "--topology=v5p:2x2x1", "--mesh=data:4", "--config.data.batch_size=6")
