@@ -59,5 +59,5 @@ def test_gradients_of_gathered_keys_are_scattered_as_such_on_tpus(python):
 def test_transfers_hide_behind_kernels(python):
     done = python("-c", SETUP + HIDDEN)
     kernels = [int(n) for n in done.stdout.split()]
-    # Keys and values make three hops, and so do their gradients; the backward may keep what came in the forward.
+    # Keys and values make three hops, and so do their gradients; the backward may keep what came before.
     assert len(kernels) >= 12 and min(kernels) >= 1, done.stdout + done.stderr[-2000:]
