@@ -1,8 +1,6 @@
 """The TPU backend: the suite interpreted on CPU, races and uninitialized memory, compilation for chips."""
 
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,8 @@ from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
 from blockjax.masks import BlockMask, Causal, Window
-from blockjax.pods import libtpu
 from experiments import tpu_schedule
+from tests.compiling import compile_elsewhere
 from tests.kernels.block_sparse_attention_suite import AttentionSuite, assert_close, make, run
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -237,16 +235,9 @@ def compile_one(shapes, form, options, sharding, B=1, T=1024, N=4, K=4):
     jax.jit(both).lower(*args).compile()
 
 
-@pytest.fixture
-def compiler():
-    if libtpu.library() is None:
-        pytest.skip("needs libtpu, the TPU compiler: make test installs it")
-
-
 CHIPS = [*tpu_schedule.TOPOLOGIES]
 
 
-@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("chip", "cases"),
     [
@@ -257,11 +248,4 @@ CHIPS = [*tpu_schedule.TOPOLOGIES]
     ids=[*CHIPS, *(f"{chip}-all" for chip in CHIPS)],
 )
 def test_compiles_for(chip, cases):
-    code = f"from tests.kernels.test_tpu import compile_for; compile_for({chip!r}, {cases!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=tpu_schedule.compiler_environment(chip),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    compile_elsewhere("tests.kernels.test_tpu", chip, cases)

@@ -6,8 +6,6 @@ carries a copy out at once (`eager`) or when it is waited for (`on_wait`). Gradi
 
 import functools
 import itertools
-import subprocess
-import sys
 import time
 import types
 
@@ -25,8 +23,8 @@ from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Causal
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS
-from blockjax.pods import libtpu
 from experiments import tpu_schedule
+from tests.compiling import compile_elsewhere
 from tests.kernels.block_sparse_attention_suite import random_blocks
 from tests.parallel.test_attention import compare, dense_backward, make, mesh_of
 
@@ -230,7 +228,6 @@ def compile_for(chip, cases):
         assert text.count('custom_call_target="tpu_custom_call"') == 1 and "collective-permute" not in text
 
 
-@pytest.mark.skipif(libtpu.library() is None, reason="needs libtpu: make test installs it")
 @pytest.mark.parametrize(
     ("chip", "cases"),
     [
@@ -240,11 +237,4 @@ def compile_for(chip, cases):
     ],
 )
 def test_compiles_for(chip, cases):
-    code = f"from tests.parallel.test_remote_dma import compile_for; compile_for({chip!r}, {cases!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=tpu_schedule.compiler_environment(chip),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    compile_elsewhere("tests.parallel.test_remote_dma", chip, cases)

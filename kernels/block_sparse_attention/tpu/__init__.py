@@ -128,17 +128,16 @@ class Launch:
     def __init__(self, name: str, options: Options, inputs: Inputs, *walks: plan.Walk):
         from blockjax.kernels.block_sparse_attention.tpu import kernels
 
-        share = max(_share(walk, inputs.mask, name) for walk in walks)
-        self.pairs = (
-            len(walks) * share * inputs.q.shape[0] * inputs.q.shape[2] * inputs.mask.T * inputs.mask.S
-        )
         axes = varying_axes(inputs)
         self.walks = jax.tree.map(lambda x: vary(jnp.asarray(x), axes), walks)
         self.name, self.inputs, walk = name, inputs, self.walks[0]
         self.kernel = dict(forward=kernels.Forward, dq=kernels.QueryGradient, dkv=kernels.KeyGradient)[name]
         mask, ranges, keys_stay = inputs.mask, isinstance(walk, plan.RangeWalk), name == "dkv"
-        _, T, N, _ = inputs.q.shape
+        B, T, N, H = inputs.q.shape
         _, S, K, Hv = inputs.v.shape
+        share = sum(_share(x, mask.nq if keys_stay else mask.nk) for x in walks)
+        self.pairs = B * N * T * S * share
+        self.products = dict(forward=H + Hv, dq=2 * H + Hv, dkv=2 * H + 2 * Hv)[name] * self.pairs
         rows = getattr(options.tiles, name)
         own_lists = mask.lists_shape[1] == N
         self.q = Side.of(T, mask.bq, N, 1 if own_lists else N // K, rows[keys_stay])
@@ -317,28 +316,22 @@ class Launch:
         """For XLA, which hides transfers behind kernels of which it knows that they take long."""
         from jax.experimental import pallas as pl
 
-        (H, Hv), size = self.widths(), lambda x: x.size * x.dtype.itemsize
-        products = dict(forward=H + Hv, dq=2 * H + Hv, dkv=2 * H + 2 * Hv)[self.name]
+        size = sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *shapes.values()))
         return pl.CostEstimate(
-            flops=int(2 * products * self.pairs),
-            transcendentals=int(self.pairs),
-            bytes_accessed=sum(map(size, (*arrays.values(), *shapes.values()))),
+            flops=int(2 * self.products), transcendentals=int(self.pairs), bytes_accessed=size
         )
 
     def widths(self):
         return self.inputs.q.shape[-1], self.inputs.v.shape[-1]
 
 
-def _share(walk: plan.Walk, mask, name: str) -> float:
-    """Of all tiles, how many a walk visits; 1 where it is not known before the program runs."""
+def _share(walk: plan.Walk, length: int) -> float:
+    """Of rows of so many tiles, how much a walk visits; 1 where it is not known before the program runs."""
     if not is_concrete(walk):
         return 1.0
-    visits = (
-        walk.total
-        if isinstance(walk, plan.ListWalk)
-        else np.maximum(walk.bounds[:, 3] - walk.bounds[:, 0], 0)
-    )
-    return float(np.mean(visits)) / max(1, mask.nq if name == "dkv" else mask.nk)
+    if isinstance(walk, plan.ListWalk):
+        return float(np.mean(walk.total)) / length
+    return float(np.mean(np.maximum(walk.bounds[:, 3] - walk.bounds[:, 0], 0))) / length
 
 
 def scalars(mask, slope):
