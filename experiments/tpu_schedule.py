@@ -113,7 +113,7 @@ def measure(chip: str, case: Case) -> list[Schedule]:
 
 def compiler_environment(chip: str, flags: str = "") -> dict[str, str]:
     """The environment of a process that compiles for TPUs on a CPU."""
-    library = libtpu.library()
+    library = libtpu.find()
     if library is None:
         raise SystemExit("This needs libtpu: make test installs it; or set TPU_LIBRARY_PATH.")
     return (

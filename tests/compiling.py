@@ -10,10 +10,15 @@ from blockjax.pods import libtpu
 from experiments import tpu_schedule
 
 
+def need_libtpu() -> None:
+    """Skips the test where libtpu is missing."""
+    if libtpu.find() is None:
+        pytest.skip("needs libtpu, the TPU compiler: make test installs it")
+
+
 def compile_elsewhere(module: str, chip: str, cases: Iterable[int]) -> None:
     """Calls `compile_for(chip, cases)` of a module of tests; skips the test where libtpu is missing."""
-    if libtpu.library() is None:
-        pytest.skip("needs libtpu, the TPU compiler: make test installs it")
+    need_libtpu()
     done = subprocess.run(
         [sys.executable, "-c", f"from {module} import compile_for; compile_for({chip!r}, {cases!r})"],
         env=tpu_schedule.compiler_environment(chip),

@@ -7,7 +7,7 @@ import os
 import pathlib
 
 
-def library() -> str | None:
+def find() -> str | None:
     """Path of the compiler, if it is installed: named, importable, or where `make test` puts it."""
     if named := os.environ.get("TPU_LIBRARY_PATH"):
         return named

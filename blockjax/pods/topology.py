@@ -72,7 +72,7 @@ def open_topology(name: str) -> Topology:
       UsageError: libtpu is missing, or does not know this chip or this shape.
     """
     family, shape = parse(name)
-    path = libtpu.library()
+    path = libtpu.find()
     if path is None:
         raise UsageError(
             "Compiling for TPUs needs libtpu, which runs on any x86 Linux machine: pip install libtpu, "

@@ -9,10 +9,10 @@ import jax
 import pytest
 from blockjax.kernels.block_sparse_attention import api, reference
 
-from blockjax.pods import libtpu
 from blockjax.pods.chips import CHIPS
 from blockjax.pods.topology import Topology
 from blockjax.train.config import base_config
+from tests.compiling import need_libtpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -59,8 +59,7 @@ def pod():
 @pytest.fixture(scope="session")
 def python():
     """`python(*arguments)` runs Python in a process that finds libtpu, on one CPU device."""
-    if libtpu.library() is None:
-        pytest.skip("needs libtpu, the TPU compiler: make test installs it")
+    need_libtpu()
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         environment = os.environ | dict(XLA_FLAGS="", JAX_ENABLE_COMPILATION_CACHE="false", COLUMNS="140")

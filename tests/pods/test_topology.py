@@ -69,7 +69,7 @@ def test_links():
 
 
 def test_without_libtpu(monkeypatch):
-    monkeypatch.setattr(libtpu, "library", lambda: None)
+    monkeypatch.setattr(libtpu, "find", lambda: None)
     with pytest.raises(UsageError, match="pip install libtpu"):
         open_topology("v5p:2x2x1")
 
