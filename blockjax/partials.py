@@ -29,7 +29,7 @@ def empty(shape: tuple[int, ...], dtype=jnp.float32) -> Partial:
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the keys of both; broadcasts. Two empty ones give (0, -inf), with zero gradient."""
-    (o_a, lse_a), (o_b, lse_b) = map(_float32, a), map(_float32, b)
+    (o_a, lse_a), (o_b, lse_b) = map(wide, a), map(wide, b)
     w_a, w_b, lse = shares(lse_a, lse_b)
     return w_a[..., None] * o_a + w_b[..., None] * o_b, lse
 
@@ -50,5 +50,6 @@ def fold(parts: Iterable[Partial]) -> Partial:
     return functools.reduce(merge, parts)
 
 
-def _float32(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
+    """x in float32, in which parts are summed; float64 stays float64."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

@@ -51,6 +51,8 @@ TOLERANCE = 1e-2
 """Of outputs and gradients, relative to their norm: both round to bfloat16."""
 LONG = 200_000
 """Tokens from which ways are timed one after the other, so that the arrays of one are there at a time."""
+ROUND = 0.25
+"""Seconds of the first way in a round: calls follow each other, as the layers of a model do."""
 PAUSE = 0.05
 """Seconds between the calls of a profile, by which they are told apart."""
 MIB = 2**20
@@ -290,8 +292,14 @@ def measure(name: str, case: Case, args: argparse.Namespace, console: Console) -
 
 def timed(programs: list[Program], args: argparse.Namespace) -> list[dict]:
     """What the GPUs say of programs that are timed in turns."""
-    T = programs[0].case.T
-    rounds, calls = (1, 1) if T > LONG else (args.rounds, 1 if T > 65536 else 4)
+    rounds, calls = args.rounds, 1
+    if programs[0].case.T > LONG:
+        rounds = 1
+    else:
+        jax.block_until_ready(programs[0].run(both=True))
+        begin = time.perf_counter()
+        jax.block_until_ready(programs[0].run(both=True))
+        calls = max(1, min(16, int(ROUND / (time.perf_counter() - begin))))
     times = [
         interleaved(
             [(functools.partial(p.run, both), jax.block_until_ready) for p in programs], rounds, calls
@@ -391,7 +399,8 @@ def apart(args: argparse.Namespace, console: Console) -> Iterable[tuple[str, lis
             if out.exists():
                 yield case, json.loads(out.read_text())[case]
             else:
-                console.print(f"{case}: {process.stderr[-2000:]}", soft_wrap=True)
+                code, said = process.returncode, process.stderr[-2000:]
+                console.print(f"{case} ended with code {code}. {said}", soft_wrap=True)
 
 
 def here(args: argparse.Namespace, console: Console) -> Iterable[tuple[str, list[dict]]]:

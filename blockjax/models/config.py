@@ -77,7 +77,7 @@ class TransformerConfig:
     remat: str = "none"
     schedule: str = "auto"
     layout: str = "contiguous"
-    ulysses: int = 1
+    ulysses: int = 0
 
     def __post_init__(self) -> None:
         for name in (

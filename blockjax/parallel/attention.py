@@ -1,5 +1,6 @@
 """`attention`: `block_sparse_attention` with the sequence shared out over a mesh axis."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -26,7 +27,7 @@ from blockjax.parallel.circulate import Ring
 from blockjax.parallel.layouts import Layout, work
 from blockjax.parallel.schedules import SCHEDULES
 from blockjax.parallel.shards import Job, Keys, Queries
-from blockjax.parallel.traffic import choose
+from blockjax.parallel.traffic import choose, exchanged
 
 
 def attention(
@@ -39,7 +40,7 @@ def attention(
     axis: str | None = "seq",
     schedule: str = "auto",
     layout: str | Layout = "contiguous",
-    ulysses: int = 1,
+    ulysses: int = 0,
     batch: Axes = None,
     heads: Axes = None,
     scale: float | None = None,
@@ -65,7 +66,8 @@ def attention(
         layout: which blocks each device holds, a key of `LAYOUTS`; or, if arrays of tokens already lie so, a
             `Layout`, in whose order outputs are then, too. The mask speaks of the sequence in any case.
         ulysses: this many consecutive devices first exchange tokens for heads (arXiv:2309.14509), and the
-            schedule runs over groups of them; the size of the axis for nothing but that.
+            schedule runs over groups of them; the size of the axis for nothing but that. 0: with `auto`, what
+            sends least of the numbers that the heads allow, else 1.
         batch, heads: mesh axes over which B, and query and key heads, are cut.
         others: as there.
 
@@ -92,7 +94,8 @@ def attention(
     inputs, sinks = checked(
         q, k, v, mask, q_segment_ids, kv_segment_ids, q_positions, kv_positions, bias, sinks
     )
-    cut = _Cut.of(mesh, axis, ulysses, batch, heads, inputs)
+    cut = _Cut.of(mesh, axis, ulysses or 1, batch, heads, inputs)
+    choices = cut.choices(inputs) if schedule == "auto" and not ulysses else [cut]
     arranged = isinstance(layout, Layout)
     if arranged:
         layout.check(mask, devices)
@@ -104,7 +107,7 @@ def attention(
         inputs = _lay(inputs, q_layout, kv_layout)
     uses = work(mask, q_layout, kv_layout)
     uses = np.ones((devices, devices)) if uses is None else uses
-    o, lse = _shard(cut, schedule, q_layout, kv_layout, uses > 0, inputs, options)
+    o, lse = _shard(choices, schedule, q_layout, kv_layout, uses > 0, inputs, options)
     if not arranged:
         o, lse = q_layout.restore(o), q_layout.restore(lse, axis=2)
     if sinks is not None:
@@ -139,6 +142,14 @@ class _Cut(NamedTuple):
                 raise UsageError(f"{n} {what} do not divide over {'*'.join(_names(axes))}={size}.")
         return _Cut(mesh, axis, ulysses, _names(batch) or None, _names(heads) or None)
 
+    def choices(self, inputs) -> "list[_Cut]":
+        """With each number of `ulysses` that the heads allow."""
+        found = []
+        for n in range(1, self.mesh.shape[self.axis] + 1):
+            with contextlib.suppress(UsageError):
+                found.append(_Cut.of(self.mesh, self.axis, n, self.batch, self.heads, inputs))
+        return found
+
 
 def _names(axes: Axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -155,8 +166,9 @@ def _lay(inputs, q_layout: Layout, kv_layout: Layout):
     return inputs._replace(**laid)
 
 
-def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, inputs, options):
-    """Calls `_local` on each device's part of arrays in the order of the devices."""
+def _shard(cuts: list[_Cut], schedule, q_layout: Layout, kv_layout: Layout, uses, inputs, options):
+    """Calls `_local` on each device's part of arrays in the order of the devices, in one of these cuts."""
+    cut = cuts[0]
     mask = lengthen(inputs.mask, q_layout.tokens, kv_layout.tokens)
     queries = Queries(inputs.q, inputs.q_segment_ids, inputs.q_positions, _lay_lists(mask, q_layout))
     keys = Keys(inputs.k, inputs.v, inputs.kv_segment_ids, inputs.kv_positions)
@@ -166,12 +178,14 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
     known = tuple(x if is_concrete(x) else None for x in leaves)
     traced = tuple(jnp.asarray(x) for x in leaves if not is_concrete(x))
 
-    places = len(uses) // cut.ulysses
-    uses = uses.reshape(places, cut.ulysses, places, cut.ulysses).any((1, 3))
-    static = _Static(
-        (schedule, schedule), cut.ulysses, Ring(cut.axis, places, cut.ulysses, uses), tree, known,
-        q_layout.blocks(mask.bq), kv_layout.blocks(mask.bk), options,
-    )  # fmt: skip
+    def static_of(cut: _Cut) -> _Static:
+        places = len(uses) // cut.ulysses
+        pairs = uses.reshape(places, cut.ulysses, places, cut.ulysses).any((1, 3))
+        return _Static(
+            (schedule, schedule), cut.ulysses, Ring(cut.axis, places, cut.ulysses, pairs), tree, known,
+            q_layout.blocks(mask.bq), kv_layout.blocks(mask.bk), options,
+        )  # fmt: skip
+
     rows = P(cut.batch, cut.axis, cut.heads)
 
     def per_token(x):
@@ -187,9 +201,10 @@ def _shard(cut: _Cut, schedule, q_layout: Layout, kv_layout: Layout, uses, input
         None if inputs.slope is None else P(cut.heads),
         P(),
     )
+    static = static_of(cut)
     if schedule == "auto":
-        shapes = _shapes(cut, (queries, keys, inputs.slope, ()), in_specs)
-        static = replace(static, schedules=_choose(static, shapes, traced))
+        arrays = queries, keys, inputs.slope, ()
+        static = _choose([(static_of(cut), _shapes(cut, arrays, in_specs)) for cut in cuts], traced)
     local = jax.shard_map(
         functools.partial(_local, static), mesh=cut.mesh, in_specs=in_specs,
         out_specs=(rows, P(cut.batch, cut.heads, cut.axis)), check_vma=False,
@@ -232,23 +247,36 @@ class _Static:
         return job
 
 
-def _choose(static: _Static, shapes, traced) -> tuple[str, str]:
-    queries, keys, slope, _ = shapes
-    counts = choose(static.job(slope, traced), queries, keys, linked=target().platform == "gpu")
-    names = tuple(next(iter(counts[way])) for way in ("forward", "backward"))
-    said = "; ".join(
-        f"{way} {', '.join(f'{name} {size / 2**20:.3g}' for name, size in found.items())}"
-        for way, found in counts.items()
-    )
-    _log_choice(static.ring.size, names, said)
-    return names
+def _choose(candidates: list[tuple[_Static, Any]], traced) -> _Static:
+    """The one that sends least in both passes, with a schedule for each pass; the first of equals."""
+    linked, found = target().platform == "gpu", []
+    for static, (queries, keys, slope, _) in candidates:
+        devices = static.ring.size * static.ulysses
+        ways = choose(static.job(slope, traced), queries, keys, linked)
+        extra = exchanged(queries, keys, static.ulysses, devices, linked)
+        counts = {way: {name: size + extra for name, size in sizes.items()} for way, sizes in ways.items()}
+        names = tuple(next(iter(sizes)) for sizes in counts.values())
+        sent = sum(next(iter(sizes.values())) for sizes in counts.values())
+        found.append((sent, replace(static, schedules=names), counts))
+    least = min(found, key=lambda choice: choice[0])
+    static, said = least[1], []
+    for _, other, counts in found:
+        several = other.ulysses == 1 or len(found) == 1
+        for way, sizes in counts.items():
+            sizes = sizes if several else {f"with ulysses={other.ulysses}": next(iter(sizes.values()))}
+            said.append(f"{way} " + ", ".join(f"{name} {size / 2**20:.3g}" for name, size in sizes.items()))
+    _log_choice(static.ring.size * static.ulysses, static.ulysses, static.schedules, "; ".join(said))
+    return static
 
 
 @functools.cache
-def _log_choice(places: int, names: tuple[str, str], counts: str) -> None:
+def _log_choice(devices: int, ulysses: int, names: tuple[str, str], counts: str) -> None:
     """Cached, so that each choice is said once."""
+    chosen = "{} forward, {} backward".format(*names)
+    if ulysses > 1:
+        chosen = f"ulysses={ulysses}" + f", {chosen}" * (ulysses < devices)
     logging.getLogger(__name__).info(
-        "attention over %d places: %s forward, %s backward; MiB a device sends: %s", places, *names, counts
+        "attention over %d devices: %s; MiB a device sends: %s", devices, chosen, counts
     )
 
 

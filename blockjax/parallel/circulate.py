@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from blockjax.partials import wide
+
 Tree = Any
 
 
@@ -92,8 +94,8 @@ class Journey:
     """A trip and what happens on it.
 
     `visit(part, offset) -> (here, back)` is given the part whose home is `offset` places behind; either
-    result may be None. `fold` is of two results, here or back, and `empty` what a result that has met nothing
-    is. `narrow` makes of a result what goes straight home, where it is widened again.
+    result may be None. `fold` is of two results, here or back, in float32, and `empty` what a result that has
+    met nothing is.
     """
 
     trip: Trip
@@ -101,7 +103,6 @@ class Journey:
     visit: Callable
     fold: Callable
     empty: Tree = 0
-    narrow: Callable = lambda x: x
 
 
 LONG = 16
@@ -133,7 +134,7 @@ def circulate(ring: Ring, journeys: Sequence[Journey]) -> list[tuple[Tree, Tree]
                 return [walk.state for walk in walks], None
 
             offsets = [jnp.asarray(walk.offsets[middle.start : middle.stop]) for walk in walks]
-            states, _ = lax.scan(body, [walk.state for walk in walks], offsets)
+            states, _ = lax.scan(body, [walk.state.widened() for walk in walks], offsets)
             for walk, state in zip(walks, states, strict=True):
                 walk.state = state
     return [walk.results() for walk in walks]
@@ -155,6 +156,11 @@ class _State(NamedTuple):
     following: Tree
     here: Tree
     back: Tree
+
+    def widened(self) -> "_State":
+        """With results as they are once folded: a loop's carry has one type."""
+        results = jax.tree.map(wide, (self.following, self.here, self.back))
+        return _State(self.moving, *results)
 
 
 class _Walk:
@@ -198,9 +204,8 @@ class _Walk:
         here, back = self.journey.visit(self.state.moving, offset)
         if back is not None and self.trip.home == "direct":
             senders = np.roll(self.live[i], offset)
-            arrived = self.ring.shift(self.journey.narrow(back), -offset, senders, self.journey.empty)
-            back = jax.tree.map(lambda a, b: a.astype(b.dtype), arrived, back)
-            self.state = self.state._replace(moving=ahead, back=self.fold(self.state.back, back))
+            arrived = self.ring.shift(back, -offset, senders, self.journey.empty)
+            self.state = self.state._replace(moving=ahead, back=self.fold(self.state.back, arrived))
         else:
             self.met = self.met | self.live[i]
             self.state = self.state._replace(moving=ahead, following=self.fold(following, back))

@@ -64,8 +64,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
     """Options of XLA, other than its defaults, with which transfers along `seq` hide behind kernels."""
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
-    return {"xla_gpu_enable_latency_hiding_scheduler": True} if on_gpu and mesh.shape["seq"] > 1 else {}
+    if mesh.devices.flat[0].platform != "gpu" or mesh.shape["seq"] == 1:
+        return {}
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        # Keys and values of a hop are two transfers: of one at a time the first would hide behind nothing.
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    }
 
 
 def partition_spec(names: Sequence[str | None]) -> P:

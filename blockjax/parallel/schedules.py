@@ -2,8 +2,8 @@
 
 Each is two functions of one place's shards, which run inside `shard_map`:
 `forward(job, queries, keys) -> (o, lse)`, a partial over all keys, and
-`backward(job, queries, keys, statistics) -> (dq, dslope), (dk, dv)`, float32. `refuses(job)` is a reason or
-None, and `rounds(job, K, backward)` how many transfers of a pass wait for one another.
+`backward(job, queries, keys, statistics) -> (dq, dslope), (dk, dv)`, both summed in float32. `refuses(job)`
+is a reason or None, and `rounds(job, K, backward)` how many transfers of a pass wait for one another.
 """
 
 from dataclasses import dataclass, replace
@@ -86,8 +86,7 @@ class Circulating:
                     return own.forward(q, part, own.piece(q.lists, *places)), None
                 return None, own.forward(part, k, own.piece(part.lists, *places))
 
-            empty, narrow = (0, -jnp.inf), rounded(q.q.dtype)
-            return Journey(leg.trip, k if keys_move else q, visit, partials.merge, empty, narrow)
+            return Journey(leg.trip, k if keys_move else q, visit, partials.merge, (0, -jnp.inf))
 
         legs = self.legs(job, keys.k.shape[2], backward=False)
         found = [x[not keys_move] for x in circulate(job.ring, [journey(leg) for leg in legs])]
@@ -110,7 +109,7 @@ class Circulating:
                 return (dkv, dslope), dq
 
             part = k if keys_move else (q, stats)
-            return Journey(leg.trip, part, visit, add, narrow=rounded(q.q.dtype))
+            return Journey(leg.trip, part, visit, add)
 
         legs = self.legs(job, keys.k.shape[2], backward=True)
         found = []
@@ -122,11 +121,6 @@ class Circulating:
             return (dq, dslope), (dk, dv)
         dq, dk, dv = (jnp.concatenate(x, 2) for x in (dq, dk, dv))
         return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
-
-
-def rounded(dtype):
-    """Outputs and gradients, not statistics, as the kernels rounded them: nothing is lost on the wire."""
-    return lambda x: jax.tree.map(lambda a: a.astype(dtype) if a.ndim == 4 else a, x)
 
 
 def _places(job: Job, offset: int, moving: str):
@@ -162,7 +156,7 @@ class AllGather:
             k, dqs = in_turn((self.gather(own, k), dqs))
             (dq, dslope), dkv = own.backward(q, k, own.piece(q.lists, own.ring.place, None), stats)
             dqs.append(dq)
-            found.append((dslope, *map(own.ring.scatter, dkv)))
+            found.append((dslope, *(own.ring.scatter(partials.wide(d)) for d in dkv)))
         dslope, dk, dv = zip(*found, strict=True)
         dq, dk, dv = (jnp.concatenate(x, 2) for x in (dqs, dk, dv))
         return (dq, None if job.slope is None else jnp.concatenate(dslope)), (dk, dv)
@@ -215,11 +209,11 @@ class Halo:
         S = keys.k.shape[1]
 
         def home(d):
-            own = lax.slice_in_dim(d, before, before + S, axis=1)
+            own = partials.wide(lax.slice_in_dim(d, before, before + S, axis=1))
             if before:
-                own = own.at[:, S - before :].add(self.send(job, d[:, :before], -1))
+                own = own.at[:, S - before :].add(partials.wide(self.send(job, d[:, :before], -1)))
             if after:
-                own = own.at[:, :after].add(self.send(job, d[:, before + S :], 1))
+                own = own.at[:, :after].add(partials.wide(self.send(job, d[:, before + S :], 1)))
             return own
 
         return dq, jax.tree.map(home, dkv)

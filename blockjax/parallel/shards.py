@@ -80,11 +80,11 @@ class Job:
         return Inputs(queries.q, keys.k, keys.v, mask, self.slope, queries.ids, keys.ids, *positions)
 
     def forward(self, queries: Queries, keys: Keys, mask: BlockMask) -> partials.Partial:
-        """The partial of these keys, `o` [B, T, N, Hv] float32 and `lse` [B, T, N]."""
+        """The partial of these keys, `o` [B, T, N, Hv] in q's dtype and `lse` [B, T, N] float32."""
         inputs = self.inputs(queries, keys, mask)
         backend, options = select(inputs, **self.options)
         o, lse = backend.forward_pass(inputs, options)
-        return o.astype(lse.dtype), lse.swapaxes(1, 2)
+        return o, lse.swapaxes(1, 2)
 
     def forward_round(self, queries: Queries, keys: Keys, route: Route) -> partials.Partial:
         """`forward` over the shards of all places of the route, which a TPU kernel moves itself.
@@ -107,11 +107,10 @@ class Job:
         return o, lse.swapaxes(1, 2)
 
     def backward(self, queries: Queries, keys: Keys, mask: BlockMask, statistics: Cotangents):
-        """These keys' share of the gradients, float32: `(dq, dslope), (dk, dv)`."""
+        """These keys' share of the gradients, in their arrays' dtypes: `(dq, dslope), (dk, dv)`."""
         inputs = self.inputs(queries, keys, mask)
         backend, options = select(inputs, **self.options)
         dq, dk, dv, dslope = backend.backward_pass(inputs, statistics, options)
-        dq, dk, dv = (x.astype(statistics.lse.dtype) for x in (dq, dk, dv))
         return (dq, dslope), (dk, dv)
 
 
@@ -132,4 +131,5 @@ def heads(x, cut: Callable):
 
 
 def add(a, b):
-    return jax.tree.map(jnp.add, a, b)
+    """The sum of two results, float32; one alone stays, and travels, as the kernel rounded it."""
+    return jax.tree.map(lambda x, y: partials.wide(x) + partials.wide(y), a, b)

@@ -76,7 +76,7 @@ class _DryJob(Job):
 
     def forward(self, queries, keys, mask):
         B, T, N, _ = queries.q.shape
-        return jnp.zeros((B, T, N, keys.v.shape[-1])), jnp.zeros((B, T, N))
+        return jnp.zeros((B, T, N, keys.v.shape[-1]), queries.q.dtype), jnp.zeros((B, T, N))
 
     def forward_round(self, queries, keys, route):
         for by, shards in zip((1, -1), route.shards, strict=True):
@@ -86,7 +86,8 @@ class _DryJob(Job):
 
     def backward(self, queries, keys, mask, statistics):
         slope = None if self.slope is None else jnp.zeros(self.slope.shape)
-        return (jnp.zeros(queries.q.shape), slope), (jnp.zeros(keys.k.shape), jnp.zeros(keys.v.shape))
+        dq, dk, dv = (jnp.zeros(x.shape, x.dtype) for x in (queries.q, keys.k, keys.v))
+        return (dq, slope), (dk, dv)
 
 
 def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -> Traffic:
@@ -106,9 +107,25 @@ def traffic(name: str, job: Job, queries: Queries, keys: Keys, backward: bool) -
     return Traffic(tuple(ring.sent), job.ring.size)
 
 
-AUTO = ("halo", "two_stream_ring", "ring", "token_ring", "token_ring_direct")
+AUTO = ("halo", "ring", "two_stream_ring", "token_ring", "token_ring_direct")
 """What `choose` chooses from; of equals the first. Gathering all keys, and a kernel that moves them,
 are left to those who ask for it."""
+
+
+def exchanged(queries: Queries, keys: Keys, ulysses: int, devices: int, linked: bool) -> float:
+    """Bytes that an exchange of tokens for heads adds to either pass of a schedule.
+
+    Arrays or their shapes are those of a device after it: queries, keys and values go there and outputs come
+    back, and in the backward their gradients the other way.
+    """
+    B, T, N, _ = queries.q.shape
+    outputs = B * T * N * (keys.v.shape[-1] * queries.q.dtype.itemsize + 4)
+    size = _bytes(queries.q) + _bytes(keys.k) + _bytes(keys.v) + outputs
+    if linked:
+        return size * (ulysses - 1) / ulysses
+    # Each of u parts goes to one of u devices: u^2 / 8 parts cross a link of a ring in either direction, and
+    # twice as many the middle one of a line.
+    return 0 if ulysses == 1 else size * ulysses / (8 if ulysses == devices else 4)
 
 
 def choose(job: Job, queries: Queries, keys: Keys, linked: bool) -> dict[str, dict[str, float]]:

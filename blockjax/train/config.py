@@ -124,7 +124,7 @@ def base_config(size: str = "nano") -> ConfigDict:
                 remat="none",  # or dots, matmuls, full
                 schedule="auto",  # what attention sends over mesh.seq: or ring, token_ring, halo, ...
                 layout="contiguous",  # of a sequence over mesh.seq: or zigzag, striped, balanced
-                ulysses=1,  # devices of mesh.seq that exchange tokens for heads
+                ulysses=0,  # devices of mesh.seq that exchange tokens for heads; 0: as schedule=auto finds
                 log_every=10,  # steps
                 eval_every=200,  # steps; 0: only at the end
                 eval_sequences=64,  # of the validation split

@@ -1,6 +1,7 @@
 """What is counted is what is sent, and what the formulas of the schedules say."""
 
 import functools
+import importlib
 import logging
 import math
 import re
@@ -9,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blockjax.kernels.platforms import Target
 
 from blockjax.masks import BlockMask
 from blockjax.parallel.attention import _log_choice, attention
 from blockjax.parallel.circulate import Ring
 from blockjax.parallel.layouts import Layout, work
 from blockjax.parallel.shards import Job, Keys, Queries
-from blockjax.parallel.traffic import choose, traffic
+from blockjax.parallel.traffic import choose, exchanged, traffic
 from tests.hlo import collectives
 from tests.jaxprs import equations
 
 MIB = 2**20
+attention_module = importlib.import_module("blockjax.parallel.attention")  # not the function of this name
 
 
 def shards(P, mask, N, K, H, dtype="bfloat16", B=1):
@@ -46,16 +49,17 @@ def test_bytes_are_those_of_the_formulas(K, one_way):
     assert busiest("two_stream_ring") == pytest.approx(one_way * 4 / 7), "an even ring ends with one stream"
     # One kernel head cannot be halved; else the last round of an even ring sends half of them each way.
     assert busiest("ring_dma") == pytest.approx(one_way * (4 / 7 if K % 2 else 1 / 2))
-    # Queries and float32 results make 7 hops, the local result none; half of the heads go each way.
+    # Queries and results make 7 hops, the local result none; half of the heads go each way. The first result
+    # travels as its kernel rounded it, sums in float32.
     T, N, H = 8192, 32, 128
-    queries = 7 * (2 * T * N * H + 4 * T * N * H + 4 * T * N)
+    queries = 7 * (2 * T * N * H + 4 * T * N) + (2 + 6 * 4) * T * N * H
     assert busiest("token_ring") * MIB == pytest.approx(queries / (1 if K % 2 else 2))
     # Straight home goes what the kernels rounded to bfloat16, with float32 statistics.
     direct = traffic("token_ring_direct", *parts, False), traffic("token_ring_direct", *parts, True)
     assert direct[0].injected == 7 * (2 * T * N * H + 2 * T * N * H + 4 * T * N)
     assert direct[1].injected == 7 * (4 * T * N * H + 8 * T * N + 2 * T * N * H)
-    # Keys and values, and their float32 gradients: 4 and 8 bytes a feature.
-    assert busiest("ring", backward=True) * MIB == pytest.approx(7 * (4 + 8) * T * K * H)
+    # Keys and values, and their gradients, likewise: 4 bytes a feature, and 4 in the first hop, then 8.
+    assert busiest("ring", backward=True) * MIB == pytest.approx((7 * 4 + 4 + 6 * 8) * T * K * H)
 
 
 def test_halo_sends_the_window():
@@ -119,7 +123,35 @@ def test_the_least_is_chosen_and_said(caplog):
     q, k = jnp.zeros((1, 64, 4, 8)), jnp.zeros((1, 64, 1, 8))
     with caplog.at_level(logging.INFO):
         jax.eval_shape(functools.partial(attention, mask=mask, mesh=mesh), q, k, k)
-    assert "attention over 4 places: two_stream_ring forward, two_stream_ring backward; MiB" in caplog.text
+    assert "attention over 4 devices: two_stream_ring forward, ring backward; MiB" in caplog.text
+    assert "; forward with ulysses=2 " in caplog.text
+
+
+@pytest.mark.parametrize(("P", "K", "linked", "least"), [(4, 8, True, 4), (2, 8, True, 1), (8, 1, False, 1)])
+def test_tokens_are_exchanged_for_heads_where_that_sends_less(P, K, linked, least, monkeypatch):
+    monkeypatch.setattr(attention_module, "target", lambda: Target("gpu" if linked else "tpu", ""))
+    chosen = []
+    monkeypatch.setattr(attention_module, "_log_choice", lambda devices, ulysses, *_: chosen.append(ulysses))
+    mesh = jax.make_mesh((P,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:P])
+    q, k = (jax.ShapeDtypeStruct((1, 128 * P, n, 8), "bfloat16") for n in (32, K))
+    mask = BlockMask.causal(128 * P, bq=8, bk=8)
+    jax.eval_shape(functools.partial(attention, mask=mask, mesh=mesh, layout="zigzag"), q, k, k)
+    assert chosen == [least]
+
+
+def test_an_exchange_is_counted_as_compiled():
+    P, N, K, H, T = 4, 8, 4, 8, 64
+    mesh = jax.make_mesh((P,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:P])
+    call = functools.partial(attention, mask=BlockMask.causal(T, bq=8, bk=8), mesh=mesh, ulysses=P)
+    arrays = [jnp.zeros((1, T, n, H)) for n in (N, K, K)]
+    exchanges = [
+        math.prod(e.invars[0].aval.shape) * 4
+        for e in equations(jax.make_jaxpr(lambda *x: call(*x, return_lse=True))(*arrays).jaxpr)
+        if e.primitive.name == "all_to_all"
+    ]
+    q, k = (jax.ShapeDtypeStruct((1, T, n // P, H), "float32") for n in (N, K))
+    counted = exchanged(Queries(q, None, None, None), Keys(k, k, None, None), P, P, linked=True)
+    assert counted == sum(exchanges) * (P - 1) / P
 
 
 @pytest.mark.parametrize(("K", "mover"), [(8, "two_stream_ring"), (32, "token_ring")])
