@@ -389,7 +389,7 @@ def apart(args: argparse.Namespace, console: Console) -> Iterable[tuple[str, lis
 
         def run(case: str) -> tuple[str, subprocess.CompletedProcess, pathlib.Path]:
             out = pathlib.Path(folder, f"{case}.json")
-            own = ["--case", case, "--json", out, "--lock", pathlib.Path(folder, "lock")]
+            own = ["--case", case, "--json", out, "--lock", args.lock or pathlib.Path(folder, "lock")]
             command = map(str, [sys.executable, __file__, *own, *shared])
             return case, subprocess.run([*command], capture_output=True, text=True), out
 
