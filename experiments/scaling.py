@@ -100,7 +100,7 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One schedule on the first `devices`."""
+    """One schedule on the first `devices`; `ulysses` as in `attention`."""
 
     schedule: str
     devices: int
@@ -109,7 +109,7 @@ class Way:
 
     @property
     def name(self) -> str:
-        if self.ulysses == 1:
+        if self.ulysses <= 1:
             return self.schedule
         return "ulysses" if self.ulysses == self.devices else f"ulysses={self.ulysses} x {self.schedule}"
 
@@ -120,7 +120,7 @@ def ways(case: Case, devices: int, schedules: list[str]) -> list[Way]:
     found = [Way(name, devices, "contiguous" if name == "halo" else case.layout) for name in schedules]
     found = [way for way in found if way.schedule != "halo" or case.mask.startswith("window")]
     found += [Way("ring", devices, case.layout, 2)] if devices > 2 else []
-    return [*found, Way("ring", devices, "contiguous", devices), Way("auto", devices, case.layout)]
+    return [*found, Way("ring", devices, "contiguous", devices), Way("auto", devices, case.layout, 0)]
 
 
 class Program:
@@ -166,7 +166,7 @@ class Program:
         """MiB that a device sends: by the count, which is of one schedule alone, and as compiled."""
         sent = sum(x.sent for x in collectives(Text(self.both.as_text()), self.mesh)) / MIB
         found = dict(compiled_mib=sent)
-        if self.way.ulysses == 1 and self.way.schedule != "auto":
+        if self.way.ulysses == 1:
             counted = count(self.mask, self.layout, Shape(N, self.case.K, H))
             found["mib"] = sum(x.sent.injected for x in counted[self.way.schedule]) / MIB
         return found
