@@ -62,7 +62,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
+def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
     """Options of XLA, other than its defaults, with which transfers along `seq` hide behind kernels."""
     if mesh.devices.flat[0].platform != "gpu" or mesh.shape["seq"] == 1:
         return {}

@@ -1,13 +1,17 @@
 """The mesh and the rules that place arrays on it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from blockjax.errors import UsageError
 from blockjax.parallel import MESH_AXES, RULES, constrain, cut, make_mesh, partition_spec, shardings
+from blockjax.parallel.mesh import compiler_options
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
 from tests.models.tiny import tiny_config
@@ -162,3 +166,13 @@ def test_cut_names_the_axes_that_divide():
     ):
         with jax.set_mesh(make_mesh(sizes)):
             assert cut("batch", 8) == batch and cut("heads", 4) == heads
+
+
+def test_options_of_the_compiler_are_for_gpus_and_known_to_it():
+    def mesh(platform, seq):
+        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape=dict(seq=seq))
+
+    assert compiler_options(mesh("gpu", 1)) == compiler_options(mesh("tpu", 2)) == {}
+    options = compiler_options(mesh("gpu", 2))
+    assert options["xla_gpu_enable_latency_hiding_scheduler"]
+    jax.jit(lambda x: x + 1).lower(1.0).compile(options)  # an option that XLA does not know is an error
