@@ -2,6 +2,7 @@
 
 from blockjax.kernels.depth_mix.api import depth_join, depth_mix, depth_read
 from blockjax.kernels.depth_mix.passes import RESIDUAL
+from blockjax.kernels.depth_mix.sharded import sharded_depth_join, sharded_depth_read
 from blockjax.kernels.depth_mix.spec import Join, Read, Spec, floor_bytes
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "depth_mix",
     "depth_read",
     "floor_bytes",
+    "sharded_depth_join",
+    "sharded_depth_read",
 ]

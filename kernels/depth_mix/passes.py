@@ -32,8 +32,13 @@ def join(backend, inputs: JoinInputs, options: JoinOptions):
 
 def _vary(inputs):
     """Typed alike inside `shard_map`: queries that all devices share get the sum of their gradients there."""
+    return _like(inputs, jax.tree.map(jnp.asarray, inputs))
+
+
+def _like(inputs, tree):
+    """Varying over the same mesh axes: a kernel's outputs may not know of any."""
     axes = varying_axes(inputs)
-    return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), inputs)
+    return jax.tree.map(lambda x: vary(x, axes), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -42,14 +47,15 @@ def _read(backend, options, inputs):
 
 
 def _read_forward(backend, options, inputs):
-    out, norms = backend.read_forward(inputs, options)
+    out, norms = _like(inputs, backend.read_forward(inputs, options))
     out, norms = jax.tree.map(lambda x: checkpoint_name(x, RESIDUAL), (out, norms))
     return out, (inputs, out, norms)
 
 
 def _read_backward(backend, options, kept, cotangents):
     inputs, out, norms = kept
-    return (backend.read_backward(inputs, out, norms, cotangents.o, cotangents.lse, options),)
+    gradients = backend.read_backward(inputs, out, norms, cotangents.o, cotangents.lse, options)
+    return (_like(inputs, gradients),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -58,7 +64,7 @@ def _join(backend, options, inputs):
 
 
 def _join_forward(backend, options, inputs):
-    out, norms = backend.join_forward(inputs, options)
+    out, norms = _like(inputs, backend.join_forward(inputs, options))
     # Of what came in, the backward pass sees again all but the running sum and its update.
     absent = None if inputs.update is None else ()
     return out, (inputs._replace(partial=None, update=absent), out._replace(x=None), norms)
@@ -66,7 +72,8 @@ def _join_forward(backend, options, inputs):
 
 def _join_backward(backend, options, kept, cotangents):
     inputs, out, norms = kept
-    return (backend.join_backward(inputs, out, norms, cotangents.partial, cotangents.x, options),)
+    gradients = backend.join_backward(inputs, out, norms, cotangents.partial, cotangents.x, options)
+    return (_like(inputs, gradients),)
 
 
 _read.defvjp(_read_forward, _read_backward)
