@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from blockjax.depth import Stream
@@ -83,6 +84,8 @@ def run(
     stages = plan(config, table)
     graph, stacked = nnx.split(model.periods)
     pieces, found = _cut(stages, config, stacked), []
+    size = stream.residual.size
+    stream.scanned = frozenset(2 * stage.first // size for stage in stages if stage.repeats)
 
     def spec_of(layer: int) -> LayerSpec:
         return config.period[layer % period] if table is None else unstack(table, layer)
@@ -96,42 +99,54 @@ def run(
                 columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
             reads = stream.reads(2 * first, 2 * (first + layers))
             reads = jax.tree.map(lambda a: a.reshape(stage.repeats, period, 2, *a.shape[1:]), reads)  # noqa: B023
+            starts = (np.arange(stage.repeats) == 0) if stream.residual.starts(2 * first) else None
             specs = [spec_of(first + i) for i in range(period)]
             body = remat(functools.partial(_period, graph, specs, stream, rope, attend))
-            stream.partial, (weights, seen) = jax.lax.scan(
-                body, stream.partial, (pieces[stage], columns, reads)
-            )
-            weights, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (weights, seen))
-            stream.note(2 * first, weights)
+            xs = pieces[stage], columns, reads, starts
+            stream.partial, (own, seen) = jax.lax.scan(body, stream.total(), xs)
+            own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
+            stream.note(own)
         else:
             slot, blocks = f"slot_{first % period}", model.tail
             if stage in pieces:
                 blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[stage]))
             seen = []
             layer = blocks[slot].sublayers(rope, attend(spec_of(first), seen))
-            run_layer(stream, first, [remat(sublayer) for sublayer in layer])
+            run_layer(stream, first, layer, remat)
             seen = _stack(seen)
         found.append(seen)
     return found
 
 
-def run_layer(stream: Stream, layer: int, sublayers) -> None:
+def run_layer(stream: Stream, layer: int, sublayers, remat: Callable[[Callable], Callable] = lambda f: f):
     """Sends the stream through one layer."""
-    for i, sublayer in enumerate(sublayers):
-        stream.write(constrain(sublayer(stream.read(2 * layer + i)), ("batch", "time", None)))
+    for i, sublayer in enumerate(sublayers, 2 * layer):
+        reads = stream.row(i)
+        step = remat(functools.partial(_sublayer, stream, sublayer, stream.residual.starts(i)))
+        stream.partial, stream.update, own = step(stream.partial, stream.update, reads)
+        stream.note(_stack([own]))
 
 
 def _period(graph, specs, stream: Stream, rope, attend, partial, xs):
-    """One step of a scan: the new running sum, and the depth weights and findings of its layers."""
-    params, columns, reads = xs
-    blocks, weights, seen = nnx.merge(graph, params), [], []
+    """One step of a scan: the new running sum, and the logits of sums and the findings of its layers."""
+    params, columns, reads, starts = xs
+    blocks, update, logits, seen = nnx.merge(graph, params), None, [], []
+    first = False if starts is None else starts
     for i in range(len(blocks)):
         spec = specs[i] if columns is None else jax.tree.map(lambda a: a[i], columns)  # noqa: B023
         for j, sublayer in enumerate(blocks[f"slot_{i}"].sublayers(rope, attend(spec, seen))):
-            h, w = stream.combine(partial, jax.tree.map(lambda a: a[i, j], reads))  # noqa: B023
-            partial = constrain(partial + sublayer(h), ("batch", "time", None))
-            weights.append(w)
-    return partial, (_stack(weights), _stack(seen))
+            row = None if reads is None else reads.row(i, j)
+            partial, update, own = _sublayer(stream, sublayer, first, partial, update, row)
+            logits.append(own)
+            first = False
+    partial = constrain(partial + update, ("batch", "time", None))
+    return partial, (_stack(logits) if stream.record else None, _stack(seen))
+
+
+def _sublayer(stream: Stream, sublayer, first, partial, update, reads):
+    """The running sum that a sublayer sees, its output, which is to be added, and the logit of the sum."""
+    partial, x, own = stream.join(partial, update, reads, sublayer.norm, first)
+    return partial, constrain(sublayer.run(x), ("batch", "time", None)), own
 
 
 def _stack(parts: list):
