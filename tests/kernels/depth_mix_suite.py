@@ -115,10 +115,10 @@ class DepthMixSuite:
     @pytest.mark.parametrize(
         ("n", "R", "heads", "shape"),
         [
-            (2, 1, 1, (3, 5, 16)),
-            (5, 4, 4, (2, 9, 32)),
-            (29, 1, 16, (7, 64)),
-            (3, 3, 2, (130,)),  # one token
+            (3, 2, 1, (3, 5, 16)),
+            (2, 3, 16, (2, 9, 32)),
+            (29, 1, 1, (7, 64)),
+            (4, 2, 2, (130,)),  # one token
         ],
     )
     def test_read(self, n, R, heads, shape):
@@ -126,7 +126,7 @@ class DepthMixSuite:
 
     @pytest.mark.parametrize("M", [1000, 1280, 7186])
     def test_any_width(self, M):
-        heads = 2 if M == 7186 else 8
+        heads = 2
         self.compare_read(sources_of(0, 3, (3, M)), rand(1, 2, M, scale=0.1), heads=heads)
         self.compare_join(*join_inputs(0, (3, M), heads), heads=heads)
 
