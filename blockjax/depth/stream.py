@@ -76,7 +76,7 @@ class Record(NamedTuple):
 
 
 class Stream:
-    """One pass: for sublayers 0, 1, ... `row`, `join` and the sublayer itself in turn, then `output`.
+    """One pass: for sublayers 0, 1, ... `row`, `join`, the sublayer itself and `write`, then `output`.
 
     Args:
       residual: the rule.
@@ -88,7 +88,6 @@ class Stream:
     Attributes:
       partial: what sublayers read beside completed blocks: the running sum of the depth block, None as long
         as there is none; under `prenorm` and `delta` the sum of everything so far.
-      update: the output of the last sublayer, not in `partial` yet; None if it is.
       scanned: the depth blocks of which some layers run in a scan, which takes what they read as one array.
     """
 
@@ -112,7 +111,6 @@ class Stream:
         self._reads: tuple[int, Reads] | None = None
         self._records: list[Record] = []
         self.partial = None if residual.rule == "attn_res" else x
-        self.update: jax.Array | None = None
         self.scanned: frozenset[int] = frozenset()
 
     def reads(self, start: int, stop: int) -> Reads | None:
@@ -132,15 +130,15 @@ class Stream:
     def join(
         self,
         partial: jax.Array | None,
-        update: jax.Array | None,
         reads: Reads | None,
         norm: Norm,
         first: bool | jax.Array = False,
     ) -> Join:
-        """The new running sum, a sublayer's normalised input [B, T, M], and the logit of the sum, if any.
+        """The running sum again, a sublayer's normalised input [B, T, M], and the logit of the sum, if any.
 
         Args:
-          partial, update: as the attributes.
+          partial: as the attribute. What comes next adds to the one that is returned, so that the backward
+            pass adds both gradients of it at once.
           reads: the sublayer's row.
           norm: of the sublayer. What it is given is a mean of sources; it is computed as that of their sum.
           first: whether the depth block starts with it: the running sum is left out, for as a source of
@@ -148,30 +146,29 @@ class Stream:
         """
         rule = self.residual.rule
         if rule != "attn_res":
-            partial = _sum(partial, update)
             h = partial if rule == "prenorm" else partial + (reads.gate * reads.o).astype(partial.dtype)
             return Join(partial, norm(h), None)
         n = len(self._sources)
         if first is True:
             own = jnp.full_like(reads.lse, -jnp.inf)
             return Join(partial, norm(reads.o, eps=norm.eps / n**2), own)
-        if partial is None:
-            partial, update = update, None
         # In a scan the first one has a running sum of zeros, of logit 0 whatever the query. Beside an lse of
         # log n its weight is 1 / (n + 1) at every token: h is n / (n + 1) times the mean, and the norm with
         # its epsilon over (n + 1)^2 makes of that what it makes of the mean with its epsilon over n^2.
         lse = reads.lse if first is False else jnp.where(first, np.log(n), reads.lse)
         join = sharded_depth_join(
-            partial, update, reads.o, lse, reads.query, norm_gain=norm.gain[...],
+            partial, None, reads.o, lse, reads.query, norm_gain=norm.gain[...],
             norm_eps=norm.eps / (n + 1) ** 2, **self._options,
         )  # fmt: skip
         return join if first is False else join._replace(logit=jnp.where(first, -jnp.inf, join.logit))
 
-    def total(self) -> jax.Array:
-        """`partial` with the last output in it, zeros if there is none yet: where a scan starts."""
-        total = _sum(self.partial, self.update)
-        self.update = None
-        return jnp.zeros_like(self._sources[0]) if total is None else total
+    def write(self, partial: jax.Array | None, output: jax.Array) -> None:
+        """Adds a sublayer's output [B, T, M] to the running sum that `join` returned."""
+        self.partial = output if partial is None else partial + output
+
+    def carry(self) -> jax.Array:
+        """`partial` where a scan starts: zeros where there is none."""
+        return jnp.zeros_like(self._sources[0]) if self.partial is None else self.partial
 
     def note(self, own: jax.Array | None) -> None:
         """Keeps the logits of the running sum, [readers, B, T, heads], of the readers that come next."""
@@ -180,10 +177,9 @@ class Stream:
 
     def output(self, norm: Norm) -> jax.Array:
         """What the output head reads, normalised, [B, T, M]; ends the pass."""
-        total = _sum(self.partial, self.update)
         if self.residual.rule != "attn_res":
-            return norm(total)
-        self._sources.append(total)
+            return norm(self.partial)
+        self._sources.append(self.partial)
         return norm(self._read(self._query[-1:], True).o[0], eps=norm.eps / len(self._sources) ** 2)
 
     def weights(self) -> jax.Array | None:
@@ -221,15 +217,10 @@ class Stream:
         return read
 
     def _complete(self) -> None:
-        total, self.update = _sum(self.partial, self.update), None
         if self.residual.rule == "delta":
             # The change of the stream over the block; not from the source before, which is a change itself.
-            self._sources.append(total - self._start)
-            self.partial = self._start = total
+            self._sources.append(self.partial - self._start)
+            self._start = self.partial
         else:
-            self._sources.append(total)
+            self._sources.append(self.partial)
             self.partial = None
-
-
-def _sum(partial: jax.Array | None, update: jax.Array | None) -> jax.Array | None:
-    return partial if update is None else update if partial is None else partial + update

@@ -99,11 +99,11 @@ def run(
                 columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
             reads = stream.reads(2 * first, 2 * (first + layers))
             reads = jax.tree.map(lambda a: a.reshape(stage.repeats, period, 2, *a.shape[1:]), reads)  # noqa: B023
-            starts = (np.arange(stage.repeats) == 0) if stream.residual.starts(2 * first) else None
+            opens = (np.arange(stage.repeats) == 0) if stream.residual.starts(2 * first) else None
             specs = [spec_of(first + i) for i in range(period)]
             body = remat(functools.partial(_period, graph, specs, stream, rope, attend))
-            xs = pieces[stage], columns, reads, starts
-            stream.partial, (own, seen) = jax.lax.scan(body, stream.total(), xs)
+            xs = pieces[stage], columns, reads, opens
+            stream.partial, (own, seen) = jax.lax.scan(body, stream.carry(), xs)
             own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
             stream.note(own)
         else:
@@ -123,30 +123,31 @@ def run_layer(stream: Stream, layer: int, sublayers, remat: Callable[[Callable],
     for i, sublayer in enumerate(sublayers, 2 * layer):
         reads = stream.row(i)
         step = remat(functools.partial(_sublayer, stream, sublayer, stream.residual.starts(i)))
-        stream.partial, stream.update, own = step(stream.partial, stream.update, reads)
-        stream.note(_stack([own]))
+        partial, output, logit = step(stream.partial, reads)
+        stream.write(partial, output)
+        stream.partial = constrain(stream.partial, ("batch", "time", None))
+        stream.note(_stack([logit]))
 
 
 def _period(graph, specs, stream: Stream, rope, attend, partial, xs):
     """One step of a scan: the new running sum, and the logits of sums and the findings of its layers."""
-    params, columns, reads, starts = xs
-    blocks, update, logits, seen = nnx.merge(graph, params), None, [], []
-    first = False if starts is None else starts
+    params, columns, reads, first = xs
+    blocks, logits, seen = nnx.merge(graph, params), [], []
     for i in range(len(blocks)):
         spec = specs[i] if columns is None else jax.tree.map(lambda a: a[i], columns)  # noqa: B023
         for j, sublayer in enumerate(blocks[f"slot_{i}"].sublayers(rope, attend(spec, seen))):
             row = None if reads is None else reads.row(i, j)
-            partial, update, own = _sublayer(stream, sublayer, first, partial, update, row)
-            logits.append(own)
-            first = False
-    partial = constrain(partial + update, ("batch", "time", None))
+            starts = first is not None and (i, j) == (0, 0)
+            partial, output, logit = _sublayer(stream, sublayer, first if starts else False, partial, row)
+            partial = constrain(partial + output, ("batch", "time", None))
+            logits.append(logit)
     return partial, (_stack(logits) if stream.record else None, _stack(seen))
 
 
-def _sublayer(stream: Stream, sublayer, first, partial, update, reads):
-    """The running sum that a sublayer sees, its output, which is to be added, and the logit of the sum."""
-    partial, x, own = stream.join(partial, update, reads, sublayer.norm, first)
-    return partial, constrain(sublayer.run(x), ("batch", "time", None)), own
+def _sublayer(stream: Stream, sublayer, first: bool | jax.Array, partial, reads):
+    """The running sum that a sublayer sees, what it adds, and the logit of the sum."""
+    partial, x, logit = stream.join(partial, reads, sublayer.norm, first)
+    return partial, sublayer.run(x), logit
 
 
 def _stack(parts: list):

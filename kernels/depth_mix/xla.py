@@ -34,15 +34,9 @@ def read_forward(inputs: ReadInputs, options: ReadOptions):
     top = logits.max(0)
     lse = top + jnp.log(jnp.exp(logits - top).sum(0))
     weights = jnp.exp(logits - lse)
-    means = []
-    for r in range(len(queries)):
-        # Elementwise, not a product of matrices: the number of sources is tiny.
-        parts = (
-            p[r][..., None] * _split(_wide(v), options.heads) for p, v in zip(weights, sources, strict=True)
-        )
-        means.append(_whole(sum(parts)).astype(sources[0].dtype))
-    o = tuple(means) if options.unstacked else jnp.stack(means)
-    return Read(o, lse, logits), norms
+    rows = weights.swapaxes(0, 1) if options.unstacked else [weights]
+    means = [_mean(p, sources, options.heads) for p in rows]
+    return Read(tuple(means) if options.unstacked else means[0], lse, logits), norms
 
 
 def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: ReadOptions) -> ReadInputs:
@@ -53,17 +47,18 @@ def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: Read
     sources, queries = inputs
     w, M = _split(queries, options.heads), queries.shape[-1]
     weights = jnp.exp(read.logits - read.lse)  # [n, R, ..., h]
-    do = [_split(_wide(d), options.heads) for d in do]
-    c = jnp.stack(
-        [jnp.stack([jnp.sum(d * _split(_wide(v), options.heads), -1) for d in do]) for v in sources]
-    )
+    # A stack is worked on at once: the program does not grow with R.
+    do = [_split(_wide(d), options.heads) for d in (do if options.unstacked else [do])]
+    whole = jnp.stack if options.unstacked else lambda rows: rows[0]
+    c = jnp.stack([whole([jnp.sum(d * _split(_wide(v), options.heads), -1) for d in do]) for v in sources])
     ds = weights * (c - jnp.sum(weights * c, 0) + dlse)
     gradients, dw = [], jnp.zeros_like(w)
     for v, norm, s, p, d in zip(sources, norms, read.logits, weights, ds, strict=True):
         v = _split(_wide(v), options.heads)
         scaled = norm[..., None] * d  # [R, ..., h]
         back = norm * norm / M * jnp.sum(d * s, axis=(0, -1))
-        mixed = sum(p[r][..., None] * do[r] for r in range(len(do)))
+        mixed = sum(q[..., None] * d for q, d in zip(p if options.unstacked else [p], do, strict=True))
+        mixed = mixed if options.unstacked else mixed.sum(0)
         dv = (
             mixed + jnp.einsum("R...h,Rhd->...hd", scaled, w, precision="highest") - back[..., None, None] * v
         )
@@ -117,6 +112,12 @@ def _merged(s, mean, logit, lse, heads: int):
     """mean + g (s - mean), wide [..., M]."""
     g = jax.nn.sigmoid(logit - lse)[..., None]
     return _whole(_split(mean, heads) + g * _split(s - mean, heads))
+
+
+def _mean(weights, sources, heads: int):
+    """Of n sources [..., M] with weights n x [..., h] or n x [R, ..., h]. Elementwise: n is tiny."""
+    parts = (p[..., None] * _split(_wide(v), heads) for p, v in zip(weights, sources, strict=True))
+    return _whole(sum(parts)).astype(sources[0].dtype)
 
 
 def _products(v, w):

@@ -28,8 +28,8 @@ def layers(residual, params, x):
     stream = Stream(residual, depth, x, eps=1e-6)
     for s in range(SUBLAYERS):
         row = stream.row(s)
-        stream.partial, h, _ = stream.join(stream.partial, stream.update, row, norm, residual.starts(s))
-        stream.update = jnp.tanh(h)
+        partial, h, _ = stream.join(stream.partial, row, norm, residual.starts(s))
+        stream.write(partial, jnp.tanh(h))
     return stream.output(norm)
 
 
