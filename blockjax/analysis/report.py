@@ -127,8 +127,8 @@ def inside_pictures(run: Run, found: Findings, tokens: np.ndarray) -> Sections:
     residual, (readers, heads, sources) = m.residual_rule, found.depth_weights.shape
     sublayers = [f"{('attention', 'MLP')[s % 2]} {s // 2}" for s in range(residual.sublayers)]
     blocks = sublayers if residual.size == 1 else [f"block {b}" for b in range(residual.blocks)]
-    columns, rows = ["embedding", *blocks][:sources], [*sublayers, "head"][:readers]
-    each = rows if heads == 1 else [f"{row} / {head}" for row in rows for head in range(heads)]
+    columns, rows = ["embedding", *blocks][:sources], [*sublayers, "output head"][:readers]
+    each = rows if heads == 1 else [f"{row}, head {head}" for row in rows for head in range(heads)]
     text = [run.tokenizer.decode([int(i)]) for i in tokens[:SHOWN_TOKENS]]
     pictures = {
         "depth_weights.png": Picture(
@@ -138,8 +138,7 @@ def inside_pictures(run: Run, found: Findings, tokens: np.ndarray) -> Sections:
         ),
         "token_weights.png": Picture(
             plot_token_weights(found.token_weights[: len(text)], text, columns),
-            f"What {'the output head' if readers > len(sublayers) else rows[-1]} reads at each token of a "
-            "validation sequence.",
+            f"What the last reader, {rows[-1]}, reads at each token of a validation sequence.",
         ),
     }
     return sections | {"Depth attention": pictures}

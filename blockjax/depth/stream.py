@@ -108,24 +108,39 @@ class Stream:
         self._gate = None if depth is None or depth.gate is None else depth.gate[...]
         self._sources = [x]
         self._start = x  # under `delta`, of the block
-        self._reads: tuple[int, Reads] | None = None
+        self._reads: Reads | None = None
         self._records: list[Record] = []
         self.partial = None if residual.rule == "attn_res" else x
         self.scanned: frozenset[int] = frozenset()
 
+    def begin(self, sublayer: int) -> None:
+        """Completes the depth block before, if another starts with this sublayer."""
+        if self.residual.rule != "prenorm" and self.residual.starts(sublayer):
+            self._reads = None
+            if sublayer:
+                self._complete()
+
+    def covers(self, start: int, stop: int) -> bool:
+        """Whether sublayers start .. stop - 1 are a whole depth block; under `prenorm` there are none."""
+        if self.residual.rule == "prenorm":
+            return False
+        return self.residual.starts(start) and self.residual.end(start) == stop
+
     def reads(self, start: int, stop: int) -> Reads | None:
-        """What sublayers start .. stop - 1 of one depth block, which is scanned, read of completed blocks."""
+        """What sublayers start .. stop - 1 of the present depth block read of completed ones, stacked."""
         if self.residual.rule == "prenorm":
             return None
-        origin, block = self._open(start)
-        return jax.tree.map(lambda leaf: leaf[start - origin : stop - origin], block)
+        if self.covers(start, stop):
+            return self._read(start, stop, unstacked=False)
+        begin = start % self.residual.size
+        return jax.tree.map(lambda leaf: leaf[begin : begin + stop - start], self._shared(start))
 
     def row(self, sublayer: int) -> Reads | None:
         """What one sublayer reads of completed blocks."""
         if self.residual.rule == "prenorm":
             return None
-        origin, block = self._open(sublayer)
-        return block.row(sublayer - origin)
+        self.begin(sublayer)
+        return self._shared(sublayer).row(sublayer % self.residual.size)
 
     def join(
         self,
@@ -180,7 +195,9 @@ class Stream:
         if self.residual.rule != "attn_res":
             return norm(self.partial)
         self._sources.append(self.partial)
-        return norm(self._read(self._query[-1:], True).o[0], eps=norm.eps / len(self._sources) ** 2)
+        reader = self.residual.sublayers
+        (h,) = self._read(reader, reader + 1, unstacked=True).o
+        return norm(h, eps=norm.eps / len(self._sources) ** 2)
 
     def weights(self) -> jax.Array | None:
         """With `record`, the weights of all readers, [readers, sources, B, T, heads] float32.
@@ -198,23 +215,21 @@ class Stream:
             table.append(jnp.pad(weights, [(0, 0), (0, missing)] + [(0, 0)] * 3, constant_values=jnp.nan))
         return jnp.concatenate(table) if table else None
 
-    def _open(self, sublayer: int) -> tuple[int, Reads]:
-        """The first sublayer of the depth block, and what all of them read, which is asked for once."""
-        if self.residual.starts(sublayer):
-            if sublayer:
-                self._complete()
-            end = self.residual.end(sublayer)
-            query = self._query[sublayer:end]
-            gate = None if self._gate is None else self._gate[sublayer:end]
-            read = self._read(query, sublayer // self.residual.size not in self.scanned)
-            self._reads = sublayer, Reads(read.o, read.lse, query, gate)
+    def _shared(self, sublayer: int) -> Reads:
+        """What all sublayers of a depth block read; asked for once."""
+        if self._reads is None:
+            block = sublayer // self.residual.size
+            start = block * self.residual.size
+            self._reads = self._read(start, self.residual.end(start), unstacked=block not in self.scanned)
         return self._reads
 
-    def _read(self, query: jax.Array, unstacked: bool) -> Read:
+    def _read(self, start: int, stop: int, *, unstacked: bool) -> Reads:
+        query = self._query[start:stop]
+        gate = None if self._gate is None else self._gate[start:stop]
         read = sharded_depth_read(self._sources, query, unstacked=unstacked, **self._options)
         if self.record:
             self._records.append(Record(read._replace(o=None), []))
-        return read
+        return Reads(read.o, read.lse, query, gate)
 
     def _complete(self) -> None:
         if self.residual.rule == "delta":

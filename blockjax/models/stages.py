@@ -8,6 +8,7 @@ sublayers. What differs inside a scan, such as a window, is scanned along with t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import Stream
 from blockjax.errors import UsageError
@@ -22,6 +24,9 @@ from blockjax.masks.predicates import is_concrete, same
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec, unstack
 from blockjax.parallel.mesh import constrain
+
+CARRY = "carry"
+"""Name, for checkpoint policies, of the running sum with which a step of a scan starts."""
 
 
 class Stage(NamedTuple):
@@ -97,13 +102,13 @@ def run(
             if table is not None and config.stack != "bucket":
                 shape = (stage.repeats, period)
                 columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
-            reads = stream.reads(2 * first, 2 * (first + layers))
-            reads = jax.tree.map(lambda a: a.reshape(stage.repeats, period, 2, *a.shape[1:]), reads)  # noqa: B023
-            opens = (np.arange(stage.repeats) == 0) if stream.residual.starts(2 * first) else None
             specs = [spec_of(first + i) for i in range(period)]
-            body = remat(functools.partial(_period, graph, specs, stream, rope, attend))
-            xs = pieces[stage], columns, reads, opens
-            stream.partial, (own, seen) = jax.lax.scan(body, stream.carry(), xs)
+            body = functools.partial(_period, remat, (graph, specs, stream, rope, attend))
+            scan = functools.partial(_scan, body, stage, period, stream)
+            stream.begin(2 * first)
+            if stream.covers(2 * first, 2 * (first + layers)):
+                scan = remat(scan)  # what its layers read of completed blocks, too
+            stream.partial, (own, seen) = scan(stream.carry(), pieces[stage], columns)
             own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
             stream.note(own)
         else:
@@ -129,8 +134,21 @@ def run_layer(stream: Stream, layer: int, sublayers, remat: Callable[[Callable],
         stream.note(_stack([logit]))
 
 
-def _period(graph, specs, stream: Stream, rope, attend, partial, xs):
+def _scan(body, stage: Stage, period: int, stream: Stream, partial, params, columns):
+    """All layers of a stage: the new running sum, and what `_period` says of each period."""
+    start, count = 2 * stage.first, (stage.repeats, period, 2)
+    reads = stream.reads(start, start + math.prod(count))
+    reads = jax.tree.map(lambda a: a.reshape(*count, *a.shape[1:]), reads)
+    first = np.arange(stage.repeats) == 0 if stream.residual.starts(start) else None
+    return jax.lax.scan(body, partial, (params, columns, reads, first))
+
+
+def _period(remat, layers, partial, xs):
     """One step of a scan: the new running sum, and the logits of sums and the findings of its layers."""
+    return remat(functools.partial(_layers, *layers))(checkpoint_name(partial, CARRY), xs)
+
+
+def _layers(graph, specs, stream: Stream, rope, attend, partial, xs):
     params, columns, reads, first = xs
     blocks, logits, seen = nnx.merge(graph, params), [], []
     for i in range(len(blocks)):

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import DepthQueries, Stream
 from blockjax.errors import UsageError, nearest
+from blockjax.kernels import depth_mix
 from blockjax.kernels.block_sparse_attention import RESIDUAL
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
@@ -48,12 +49,14 @@ def _keep(*names: str) -> Callable:
 
 
 # What the backward of a period keeps: everything, the inputs, or also what attention works on and what
-# matmuls result in, or read, too.
+# matmuls result in, or read, too. Of a whole depth block it keeps the inputs of all its periods.
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
-    "full": jax.checkpoint,
-    "dots": _keep(RESIDUAL),
-    "matmuls": _keep(RESIDUAL, MATMUL_INPUT),
+    "full": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(stages.CARRY)
+    ),
+    "dots": _keep(stages.CARRY, RESIDUAL),
+    "matmuls": _keep(stages.CARRY, RESIDUAL, MATMUL_INPUT, depth_mix.RESIDUAL),
 }
 
 

@@ -1,6 +1,7 @@
 """Residual rules of the decoder against the pre-norm model and against plain loops over sublayers."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,24 @@ def test_scanned_and_unrolled_layers_agree(residual):
     scanned, unrolled = (config_of(residual, pattern="6", stack=stack) for stack in ("scan", "unroll"))
     graph, params = params_of(scanned)
     close(logits_and_gradients(graph, params), logits_and_gradients(params_of(unrolled)[0], params), 1e-11)
+
+
+def test_what_a_block_reads_is_not_kept_but_read_again():
+    """Beside the sources, remat keeps as much as for the pre-norm model: the running sum of each layer."""
+    options = dict(pattern="6", depth=4)
+
+    def kept(residual, remat):
+        graph, params = params_of(config_of(residual, remat=remat, **options))
+        tokens, _ = batch()
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: nnx.merge(graph, p)(tokens), p)[1], params)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(residuals)]
+        return sum(math.prod(s[:-3]) for s in shapes if s[-3:] == (2, T, 16))
+
+    assert kept("block_attn_res:size=4", "full") <= kept("prenorm", "full") + 3
+    assert kept("block_attn_res:size=4", "none") > kept("prenorm", "none") + 8
+    graph, params = params_of(config_of("block_attn_res:size=4", **options))
+    again, _ = params_of(config_of("block_attn_res:size=4", remat="full", **options))
+    close(logits_and_gradients(again, params), logits_and_gradients(graph, params))
 
 
 @pytest.mark.parametrize(
