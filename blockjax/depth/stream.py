@@ -8,12 +8,12 @@ arXiv:2603.15031, sec. 4. `join` is pure, so sublayers can run in a scan whose c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from blockjax.depth.residual import Residual
@@ -170,7 +170,7 @@ class Stream:
         # In a scan the first one has a running sum of zeros, of logit 0 whatever the query. Beside an lse of
         # log n its weight is 1 / (n + 1) at every token: h is n / (n + 1) times the mean, and the norm with
         # its epsilon over (n + 1)^2 makes of that what it makes of the mean with its epsilon over n^2.
-        lse = reads.lse if first is False else jnp.where(first, np.log(n), reads.lse)
+        lse = reads.lse if first is False else jnp.where(first, math.log(n), reads.lse)
         join = sharded_depth_join(
             partial, None, reads.o, lse, reads.query, norm_gain=norm.gain[...],
             norm_eps=norm.eps / (n + 1) ** 2, **self._options,

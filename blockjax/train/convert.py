@@ -52,9 +52,11 @@ def convert(config: ConfigDict, source: str, run: str, *, quiet: bool = False) -
       run: a fresh folder.
 
     Raises:
-      UsageError: the trained run is not pre-norm, the new one is, the models differ elsewhere, or the folder
-        is in use.
+      UsageError: there is no trained run, it is not pre-norm, the new one is, the models differ elsewhere, or
+        the folder is in use.
     """
+    if not source:
+        raise UsageError("No trained run to start from: name its folder with --from_run=runs/NAME.")
     configs.check(config)
     mesh = make_mesh(config.mesh)
     configs.check_mesh(config, mesh)
