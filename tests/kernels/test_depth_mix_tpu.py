@@ -80,8 +80,8 @@ def spec(**changes):
         (dict(target=Target("cpu", "cpu")), "runs on TPUs, not on cpu"),
         (dict(dtype=jnp.dtype("float16")), "for bfloat16 and float32, not float16"),
         (
-            dict(n=29, R=16, M=7168, heads=16),
-            r"n=29, R=16, M=7168 and 16 heads need \d+.\d MiB of vector memory, of 56, .* 16 tokens",
+            dict(n=29, R=16, M=16384, heads=16),
+            r"n=29, R=16, M=16384 and 16 heads need \d+.\d MiB of vector memory, of 56, .* 16 tokens",
         ),
     ],
 )

@@ -1,7 +1,5 @@
 """Pallas Mosaic TPU: tiles of tokens of all arrays stream through vector memory, each array once."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.depth_mix.spec import (
@@ -21,7 +19,10 @@ INTERPRET = None
 MIB = 2**20
 VECTOR_MEMORY = 56 * MIB
 """Bytes that a kernel may take of the 64 MiB or more a core has."""
-LANES = 128
+LANES, SUBLANES = 128, 8
+PIECE = 1024
+"""Columns of M that are worked on at once, at most: sixteen of 64 registers for a group of rows. In the static
+schedules that libtpu makes for v5e, sums over lanes take longer with 512, and 2048 spill registers."""
 TILES = 256, 128, 64, 32, 16
 """Tokens of a tile, largest first."""
 
@@ -43,17 +44,14 @@ def supports(spec: Spec) -> str | None:
 
 
 def vector_memory(kernel: str, tile: int, n: int, R: int, M: int, heads: int, dtype) -> int:
-    """Bytes for two buffers of each block, scratch and temporaries of a kernel."""
-    width, rh = _up(M, LANES), _rows(R, heads)
-    row = width * jnp.dtype(dtype).itemsize
+    """Bytes for two buffers of each block and the temporaries of a kernel."""
+    width, size = _up(M, LANES), jnp.dtype(dtype).itemsize
     streamed = dict(read_forward=n + R, read_backward=2 * n + R, join_forward=5, join_backward=6)[kernel]
     columns = _up((n + 1) * R * heads + n, LANES) + _up(R * heads, LANES)
-    buffers = 2 * tile * (streamed * row + 4 * columns)
-    # Queries, and in the backward their gradient, in float32; parts in bfloat16.
-    shared = rh * width * 4 * (2 if "forward" in kernel else 4) + rh * width * 6
-    scaled = n * _up(R * heads, LANES)
-    scratch = 4 * tile * (width + scaled + columns) if kernel == "read_backward" else 0
-    return buffers + shared + scratch + tile * width * 6
+    # Queries and gains, and in the backward what their gradients are added up in.
+    shared = (1 if "read" in kernel else 2) * (_up(R, SUBLANES) + R * SUBLANES)
+    temporaries = 8 * (n + R) * PIECE * 32
+    return 2 * tile * (streamed * width * size + 4 * columns) + 8 * shared * width + temporaries
 
 
 def tile_of(kernel: str, n: int, R: int, M: int, heads: int, dtype, rows: int) -> int:
@@ -70,7 +68,7 @@ def read_forward(inputs: ReadInputs, options: ReadOptions):
     means = [launch.like(M)] * R if options.unstacked else launch.like(M, lead=(R,))
     (means, stats), _ = launch(
         [launch.flat(v) for v in inputs.sources],
-        _spread(inputs.queries, heads),
+        inputs.queries,
         (means, launch.like(columns, dtype=jnp.float32)),
     )
     o = tuple(map(launch.whole, means)) if options.unstacked else means.reshape(R, *launch.shape)
@@ -81,20 +79,16 @@ def read_forward(inputs: ReadInputs, options: ReadOptions):
 
 def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: ReadOptions) -> ReadInputs:
     launch = _Launch("read_backward", inputs.sources[0], len(inputs.queries), options, len(inputs.sources))
-    n, R, heads = launch.n, launch.R, options.heads
-    rows, M, tile = launch.rows, launch.M, launch.tile
+    R, heads, rows, M = launch.R, options.heads, launch.rows, launch.M
     do = [launch.flat(x) for x in do] if options.unstacked else do.reshape(R, rows, M)
     dlse = jnp.moveaxis(dlse.reshape(R, rows, heads), 0, 1).reshape(rows, R * heads)
     dsources, dw = launch(
         ([launch.flat(v) for v in inputs.sources], do, dlse, norms),
-        _spread(inputs.queries, heads),
-        [launch.like(M)] * n,
-        sums=launch.total(_rows(R, heads)),
-        scratch=[(tile, _rows(R, heads))] * n + [(tile, n * R * heads), (tile, n), (tile, M)],
+        inputs.queries,
+        [launch.like(M)] * launch.n,
+        sums=launch.total(R),
     )
-    # Of the gradient of each head's row only the columns of the head itself.
-    dw = jnp.diagonal(dw[: R * heads].reshape(R, heads, heads, -1), axis1=1, axis2=2).swapaxes(1, 2)
-    return ReadInputs(tuple(launch.whole(x) for x in dsources), dw.reshape(R, M))
+    return ReadInputs(tuple(map(launch.whole, dsources)), dw)
 
 
 def join_forward(inputs: JoinInputs, options: JoinOptions):
@@ -127,18 +121,6 @@ def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: 
     return JoinInputs(ds, None if update is None else ds, *gradients)
 
 
-def _spread(queries: jax.Array, heads: int) -> jax.Array:
-    """[rows, M]: the query of one head in each of the first R * h rows, zeros elsewhere."""
-    R, M = queries.shape
-    w = jnp.einsum("Rhd,hk->Rkhd", queries.reshape(R, heads, -1), jnp.eye(heads)).reshape(R * heads, M)
-    return jnp.pad(w, ((0, _rows(R, heads) - R * heads), (0, 0)))
-
-
-def _rows(R: int, heads: int) -> int:
-    """A product with one row alone is not compiled."""
-    return _up(R * heads, 8)
-
-
 class _Launch:
     """One kernel over all tokens of arrays like `x` [..., M], which it sees as [rows, M]."""
 
@@ -162,23 +144,22 @@ class _Launch:
         return self.array(*lead, self.rows, columns, dtype=dtype or self.dtype)
 
     def total(self, rows: int) -> jax.ShapeDtypeStruct:
-        """A float32 sum [rows, M] over tokens, one a core."""
-        return self.array(self.grid[0], rows, self.M, dtype=jnp.float32)
+        """A float32 sum [rows, M] over tokens, in eight parts a core."""
+        return self.array(self.grid[0], SUBLANES * rows, self.M, dtype=jnp.float32)
 
     def array(self, *shape: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.manual)
 
-    def __call__(self, streamed, shared, out, sums=(), scratch: Sequence[tuple[int, int]] = ()):
+    def __call__(self, streamed, shared, out, sums=()):
         """Runs the kernel on trees of arrays.
 
         Args:
           streamed, out: have tokens as their last axis but one.
           shared: every tile sees them whole, [rows, M].
           sums: what `total` gives.
-          scratch: shapes, float32.
 
         Returns:
-          Arrays for `out`, and for `sums` with the cores added up.
+          Arrays for `out`, and for `sums` with their parts added up.
         """
         from blockjax.kernels.depth_mix.tpu import kernels
         from jax.experimental import pallas as pl
@@ -203,7 +184,7 @@ class _Launch:
         def per_core(x):
             return pl.BlockSpec((None, *x.shape[1:]), lambda core, step: (core, 0, 0))
 
-        tree = jax.tree.structure((streamed, shared, out, sums, list(scratch)), is_leaf=_is_shape)
+        tree = jax.tree.structure((streamed, shared, out, sums))
 
         def body(*refs):
             getattr(kernels, self.kernel)(call, *jax.tree.unflatten(tree, refs))
@@ -216,7 +197,6 @@ class _Launch:
             in_specs=jax.tree.leaves((jax.tree.map(tiled, streamed), jax.tree.map(whole, shared))),
             out_specs=jax.tree.leaves((jax.tree.map(tiled, out), jax.tree.map(per_core, sums))),
             out_shape=outputs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             compiler_params=pltpu.CompilerParams(
                 vmem_limit_bytes=VECTOR_MEMORY, dimension_semantics=("parallel", "arbitrary")
             ),
@@ -225,7 +205,7 @@ class _Launch:
             name=f"depth_mix_{self.kernel}",
         )
         out, sums = jax.tree.unflatten(jax.tree.structure((out, sums)), run(*arrays))
-        return out, jax.tree.map(lambda x: x.sum(0), sums)
+        return out, jax.tree.map(lambda x: x.reshape(len(x), -1, SUBLANES, self.M).sum((0, 2)), sums)
 
     def cost(self, arrays, outputs):
         """For XLA, which hides transfers behind kernels of which it knows that they take long."""
@@ -236,10 +216,6 @@ class _Launch:
         return pl.CostEstimate(
             flops=flops, transcendentals=2 * self.n * self.R * self.rows, bytes_accessed=size
         )
-
-
-def _is_shape(x) -> bool:
-    return isinstance(x, tuple) and bool(x) and all(isinstance(size, int) for size in x)
 
 
 def _up(x: int, multiple: int) -> int:

@@ -1,21 +1,18 @@
 """The four TPU kernels. Each sees a tile of tokens, whole rows of M, of every array.
 
-What is linear in queries goes through the matrix units, for all queries and heads at once: `w` [rows, M] has
-the query of one head in each of its first R * h rows and zeros elsewhere. What weighs tokens one by one is
-elementwise, over groups of rows and pieces of M that stay in registers. Numbers per token lie in columns of
-one array, `Columns`. Formulas: with the passes of `xla.py`.
+All is elementwise, over groups of rows and pieces of M that stay in registers: queries are few, and a matrix
+unit takes as long for one as for a hundred. Numbers per token lie in columns of one array, `Columns`.
+Formulas: with the passes of `xla.py`.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels.depth_mix.tpu import LANES, PIECE, SUBLANES
 from jax import lax
 from jax.experimental import pallas as pl
-
-LANES = 128
-PIECE = 512
-"""Of M, at most: a group of rows takes eight registers."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,23 @@ class Call:
         """Numbers of a group of rows."""
         return jnp.zeros((self.group, columns), jnp.float32)
 
+    def along(self, head, products) -> jax.Array:
+        """Sums over a piece in a head of R products [rows, columns]: [rows, R * h]."""
+        columns = lax.broadcasted_iota(jnp.int32, (self.group, self.rh), 1)
+        return sum(jnp.where(columns == r * self.heads + head, _sum(x), 0) for r, x in enumerate(products))
+
     def first(self) -> jax.Array:
         """The token of the tile's first row."""
         return (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)) * self.tile
 
     def exists(self, first, rows) -> jax.Array:
         """[rows, 1], whether the tokens are there: what lies beyond the last one is not to be added up."""
-        if not self.ragged:
-            return jnp.bool_(True)
-        start, size = (0, self.tile) if isinstance(rows, slice) else (rows.start, rows.size)
-        return first + start + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < self.tokens
+        return first + rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0) < self.tokens
+
+    def add_down(self, ref, r: int, cols, x, there) -> None:
+        """Adds up [rows, columns] into eight rows, those of query r."""
+        x = jnp.where(there, x, 0) if self.ragged else x
+        ref[SUBLANES * r : SUBLANES * (r + 1), cols] += x.reshape(-1, SUBLANES, x.shape[1]).sum(0)
 
 
 class Columns:
@@ -104,35 +108,36 @@ class Columns:
         return _column(self.lse.stop + i)
 
 
-def read_forward(call: Call, streamed, shared, out, sums, scratch):
-    """Sources [tile, M] and `w` to R means [tile, M] and their numbers [tile, columns]."""
+def read_forward(call: Call, streamed, shared, out, sums):
+    """Sources [tile, M] and queries `w` [R, M] to R means [tile, M] and their numbers [tile, columns]."""
     (sources, w), (means, stats) = (streamed, shared), out
     means, at = _each(call, means), Columns(call)
-    for i, source in enumerate(sources):
-        stats[:, at.logits(i)] = exact_dot(source[...], w[...], ((1,), (1,)))[:, : call.rh]
 
     def group(rows):
-        def square(head, cols, carry):
-            return tuple(x + _sum(_wide(v[rows, cols]) ** 2) for x, v in zip(carry, sources, strict=True))
+        def add(head, cols, carry):
+            squares, products = [], []
+            for source, square, product in zip(sources, *carry, strict=True):
+                v = _wide(source[rows, cols])
+                squares.append(square + _sum(v * v))
+                products.append(product + call.along(head, [v * w[_column(r), cols] for r in range(call.R)]))
+            return squares, products
 
-        squares = call.pieces(square, (call.zeros(),) * call.n)
-        logits = []
-        for i in range(call.n):
-            norm = lax.rsqrt(squares[i] / call.M + call.eps)
-            logits.append(norm * stats[rows, at.logits(i)])
-            stats[rows, at.logits(i)] = logits[-1]
-            stats[rows, at.norm(i)] = norm
-        top = logits[0]
-        for logit in logits[1:]:
-            top = jnp.maximum(top, logit)
+        zeros = [call.zeros()] * call.n, [call.zeros(call.rh)] * call.n
+        squares, products = call.pieces(add, zeros)
+        norms = [lax.rsqrt(square / call.M + call.eps) for square in squares]
+        logits = [norm * product for norm, product in zip(norms, products, strict=True)]
+        top = functools.reduce(jnp.maximum, logits)
         lse = top + jnp.log(sum(jnp.exp(logit - top) for logit in logits))
-        stats[rows, at.lse] = lse
         weights = [jnp.exp(logit - lse) for logit in logits]
+        stats[rows, at.lse] = lse
+        for i in range(call.n):
+            stats[rows, at.logits(i)] = logits[i]
+            stats[rows, at.norm(i)] = norms[i]
 
         def mix(head, cols, carry):
+            values = [_wide(source[rows, cols]) for source in sources]
             for r, mean in enumerate(means):
-                pairs = zip(weights, sources, strict=True)
-                parts = (_pick(p, r * call.heads + head) * _wide(v[rows, cols]) for p, v in pairs)
+                parts = (_pick(p, r * call.heads + head) * v for p, v in zip(weights, values, strict=True))
                 mean[rows, cols] = sum(parts).astype(mean.dtype)
 
         call.pieces(mix)
@@ -140,54 +145,51 @@ def read_forward(call: Call, streamed, shared, out, sums, scratch):
     call.groups(group)
 
 
-def read_backward(call: Call, streamed, shared, out, sums, scratch):
+def read_backward(call: Call, streamed, shared, out, sums):
     """Sources, cotangents of means and of lse [tile, R * h], numbers, `w` to gradients of sources and `w`.
 
-    `scratch`: for each source `r ds` [tile, rows of w]; weights [tile, n * R * h]; `r^2 / M sum(ds s)`
-    [tile, n]; one product [tile, M].
+    That of `w` has eight rows a query, added up over tiles.
     """
     (sources, dmeans, dlse, stats), w, dsources, dw = streamed, shared, out, sums
     dmeans, at = _each(call, dmeans), Columns(call)
-    *scaled, weights, back, along = scratch
-    first = call.first()
-    if call.rh < w.shape[0]:
-        for a in scaled:
-            a[...] = jnp.zeros(a.shape, a.dtype)
-
-    def gradients(rows):
-        lse = stats[rows, at.lse]
-        p = [jnp.exp(stats[rows, at.logits(i)] - lse) for i in range(call.n)]
-        c = [_products(call, rows, source, dmeans) for source in sources]
-        mean = sum(a * b for a, b in zip(p, c, strict=True)) - dlse[rows, :]
-        there = call.exists(first, rows)
-        for i in range(call.n):
-            ds, norm = p[i] * (c[i] - mean), stats[rows, at.norm(i)]
-            weights[rows, at.logits(i)] = p[i]
-            scaled[i][rows, : call.rh] = jnp.where(there, norm * ds, 0)
-            back[rows, _column(i)] = norm * norm / call.M * _sum(ds * stats[rows, at.logits(i)])
-
-    call.groups(gradients)
     _zero_first(dw)
-    for i, (source, dsource) in enumerate(zip(sources, dsources, strict=True)):
-        v = jnp.where(call.exists(first, slice(None)), source[...], 0) if call.ragged else source[...]
-        dw[...] += exact_dot(scaled[i][...], v, ((0,), (0,)))
-        along[...] = exact_dot(scaled[i][...], w[...], ((1,), (0,)))
+    first = call.first()
 
-        def group(rows, i=i, source=source, dsource=dsource):
-            p, b = weights[rows, at.logits(i)], back[rows, _column(i)]
+    def group(rows):
+        def add(head, cols, carry):
+            cotangents = [_wide(dmean[rows, cols]) for dmean in dmeans]
+            found = []
+            for source, c in zip(sources, carry, strict=True):
+                v = _wide(source[rows, cols])
+                found.append(c + call.along(head, [v * d for d in cotangents]))
+            return found
 
-            def gradient(head, cols, carry):
-                dv = along[rows, cols] - b * _wide(source[rows, cols])
-                for r, dmean in enumerate(dmeans):
-                    dv += _pick(p, r * call.heads + head) * _wide(dmean[rows, cols])
-                dsource[rows, cols] = dv.astype(dsource.dtype)
+        c = call.pieces(add, [call.zeros(call.rh)] * call.n)
+        logits, norms = ([stats[rows, f(i)] for i in range(call.n)] for f in (at.logits, at.norm))
+        p = [jnp.exp(logit - stats[rows, at.lse]) for logit in logits]
+        mean = sum(x * y for x, y in zip(p, c, strict=True)) - dlse[rows, :]
+        ds = [x * (y - mean) for x, y in zip(p, c, strict=True)]
+        scaled = [norm * x for norm, x in zip(norms, ds, strict=True)]
+        back = [norm * norm / call.M * _sum(x * s) for norm, x, s in zip(norms, ds, logits, strict=True)]
+        there = call.exists(first, rows)
 
-            call.pieces(gradient)
+        def gradient(head, cols, carry):
+            cotangents = [_wide(dmean[rows, cols]) for dmean in dmeans]
+            for i in range(call.n):
+                v = _wide(sources[i][rows, cols])
+                dv = -back[i] * v
+                for r, d in enumerate(cotangents):
+                    a = _pick(scaled[i], r * call.heads + head)
+                    dv += _pick(p[i], r * call.heads + head) * d + a * w[_column(r), cols]
+                    call.add_down(dw, r, cols, a * v, there)
+                dsources[i][rows, cols] = dv.astype(dsources[i].dtype)
 
-        call.groups(group)
+        call.pieces(gradient)
+
+    call.groups(group)
 
 
-def join_forward(call: Call, streamed, shared, out, sums, scratch):
+def join_forward(call: Call, streamed, shared, out, sums):
     """Running sum, update or None, mean [tile, M], lse [tile, h] to running sum, x and numbers.
 
     Numbers [tile, h + 2] are logits, norm and rms; `shared` are query and gain [1, M].
@@ -203,7 +205,7 @@ def join_forward(call: Call, streamed, shared, out, sums, scratch):
             s = s if update is None else s + _wide(update[rows, cols])
             total[rows, cols] = jnp.where(absent, 0, s).astype(total.dtype)
             s = _wide(total[rows, cols])
-            return square + _sum(s * s), products + _place(_sum(s * query[:, cols]), head, call.heads)
+            return square + _sum(s * s), products + call.along(head, [s * query[:, cols]])
 
         square, products = call.pieces(add, (call.zeros(), call.zeros(call.heads)))
         norm = lax.rsqrt(square / call.M + call.eps)
@@ -227,7 +229,7 @@ def join_forward(call: Call, streamed, shared, out, sums, scratch):
     call.groups(group)
 
 
-def join_backward(call: Call, streamed, shared, out, sums, scratch):
+def join_backward(call: Call, streamed, shared, out, sums):
     """As in the forward, and cotangents, to gradients of running sum, mean and lse; of query and gain."""
     (total, mean, lse, stats, dtotal, dx), (query, gain) = streamed, shared
     (ds, dmean, dlse), (dquery, dgain) = out, sums
@@ -259,7 +261,7 @@ def join_backward(call: Call, streamed, shared, out, sums, scratch):
 
         def compare(head, cols, carry):
             s, _, dh = merged(head, cols)
-            return carry + _place(_sum(dh * (s - _wide(mean[rows, cols]))), head, call.heads)
+            return carry + call.along(head, [dh * (s - _wide(mean[rows, cols]))])
 
         a = g * (1 - g) * call.pieces(compare, call.zeros(call.heads))
         dlse[rows, :] = -a
@@ -272,47 +274,12 @@ def join_backward(call: Call, streamed, shared, out, sums, scratch):
             dpartial = weighted + b * query[:, cols] - back * s + _wide(dtotal[rows, cols])
             ds[rows, cols] = jnp.where(absent, 0, dpartial).astype(ds.dtype)
             dmean[rows, cols] = (dh - weighted).astype(dmean.dtype)
-            dquery[:, cols] += _down(jnp.where(there, b * s, 0))
-            dgain[:, cols] += _down(jnp.where(there, _wide(dx[rows, cols]) * h, 0))
+            call.add_down(dquery, 0, cols, b * s, there)
+            call.add_down(dgain, 0, cols, _wide(dx[rows, cols]) * h, there)
 
         call.pieces(gradient)
 
     call.groups(group)
-
-
-def exact_dot(a, b, contract) -> jax.Array:
-    """A product to float32 of what is bfloat16 or float32: the matrix units multiply bfloat16.
-
-    A float32 number is the sum of three bfloat16 ones; what is smaller than the last digit is left out.
-    """
-    return sum(
-        lax.dot_general(x, y, (contract, ((), ())), preferred_element_type=jnp.float32)
-        for i, x in enumerate(_parts(a))
-        for j, y in enumerate(_parts(b))
-        if i + j < 3
-    )
-
-
-def _parts(x) -> list[jax.Array]:
-    if x.dtype == jnp.bfloat16:
-        return [x]
-    parts = []
-    for _ in range(3):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - _wide(parts[-1])
-    return parts
-
-
-def _products(call: Call, rows, source, others) -> jax.Array:
-    """Of a group of rows with each of `others`, head by head: [rows, R * h]."""
-
-    def add(head, cols, carry):
-        v = _wide(source[rows, cols])
-        for r, other in enumerate(others):
-            carry += _place(_sum(v * _wide(other[rows, cols])), r * call.heads + head, call.rh)
-        return carry
-
-    return call.pieces(add, call.zeros(call.rh))
 
 
 def _each(call: Call, means) -> list:
@@ -330,11 +297,6 @@ def _pick(x, column) -> jax.Array:
     if isinstance(column, int):
         return x[:, _column(column)]
     return _sum(jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) == column, x, 0))
-
-
-def _place(x, column, columns: int) -> jax.Array:
-    """[rows, 1] as one of several columns, zeros elsewhere."""
-    return jnp.where(lax.broadcasted_iota(jnp.int32, (x.shape[0], columns), 1) == column, x, 0)
 
 
 def _zero_first(ref) -> None:
@@ -355,10 +317,6 @@ def _column(i: int) -> slice:
 
 def _sum(x):
     return jnp.sum(x, axis=1, keepdims=True)
-
-
-def _down(x):
-    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _wide(x):
