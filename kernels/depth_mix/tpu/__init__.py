@@ -21,7 +21,7 @@ VECTOR_MEMORY = 56 * MIB
 """Bytes that a kernel may take of the 64 MiB or more a core has."""
 LANES, SUBLANES = 128, 8
 PIECE = 1024
-"""Columns of M that are worked on at once, at most: sixteen of 64 registers for a group of rows. In the static
+"""Columns of M that are worked on at once, at most: 16 of 64 registers for a group of rows. In the static
 schedules that libtpu makes for v5e, sums over lanes take longer with 512, and 2048 spill registers."""
 TILES = 256, 128, 64, 32, 16
 """Tokens of a tile, largest first."""
