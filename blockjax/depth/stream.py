@@ -108,17 +108,18 @@ class Stream:
         self._gate = None if depth is None or depth.gate is None else depth.gate[...]
         self._sources = [x]
         self._start = x  # under `delta`, of the block
+        self._block = 0
         self._reads: Reads | None = None
         self._records: list[Record] = []
         self.partial = None if residual.rule == "attn_res" else x
         self.scanned: frozenset[int] = frozenset()
 
     def begin(self, sublayer: int) -> None:
-        """Completes the depth block before, if another starts with this sublayer."""
-        if self.residual.rule != "prenorm" and self.residual.starts(sublayer):
-            self._reads = None
-            if sublayer:
-                self._complete()
+        """Completes the depth block before, if this sublayer is in another."""
+        block = sublayer // self.residual.size
+        if block != self._block:
+            self._complete()
+            self._block, self._reads = block, None
 
     def covers(self, start: int, stop: int) -> bool:
         """Whether sublayers start .. stop - 1 are a whole depth block; under `prenorm` there are none."""
@@ -218,9 +219,8 @@ class Stream:
     def _shared(self, sublayer: int) -> Reads:
         """What all sublayers of a depth block read; asked for once."""
         if self._reads is None:
-            block = sublayer // self.residual.size
-            start = block * self.residual.size
-            self._reads = self._read(start, self.residual.end(start), unstacked=block not in self.scanned)
+            start, stop = self._block * self.residual.size, self.residual.end(sublayer)
+            self._reads = self._read(start, stop, unstacked=self._block not in self.scanned)
         return self._reads
 
     def _read(self, start: int, stop: int, *, unstacked: bool) -> Reads:

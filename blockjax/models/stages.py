@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -95,8 +95,13 @@ def run(
     def spec_of(layer: int) -> LayerSpec:
         return config.period[layer % period] if table is None else unstack(table, layer)
 
-    for stage in stages:
-        first, layers = stage.first, stage.repeats * period or 1
+    for group in _groups(stages, stream):
+        stage, first = group[0], group[0].first
+        layers = stage.repeats * period or len(group)
+        stream.begin(2 * first)
+        whole = stream.covers(2 * first, 2 * (first + layers))
+        # Of a whole depth block, what its layers read of completed ones may be recomputed, too.
+        outer = remat if whole else lambda f: f
         if stage.repeats:
             columns = None
             if table is not None and config.stack != "bucket":
@@ -105,19 +110,19 @@ def run(
             specs = [spec_of(first + i) for i in range(period)]
             body = functools.partial(_period, remat, (graph, specs, stream, rope, attend))
             scan = functools.partial(_scan, body, stage, period, stream)
-            stream.begin(2 * first)
-            if stream.covers(2 * first, 2 * (first + layers)):
-                scan = remat(scan)  # what its layers read of completed blocks, too
-            stream.partial, (own, seen) = scan(stream.carry(), pieces[stage], columns)
+            stream.partial, (own, seen) = outer(scan)(stream.carry(), pieces[stage], columns)
             own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
             stream.note(own)
         else:
-            slot, blocks = f"slot_{first % period}", model.tail
-            if stage in pieces:
-                blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[stage]))
-            seen = []
-            layer = blocks[slot].sublayers(rope, attend(spec_of(first), seen))
-            run_layer(stream, first, layer, remat)
+            seen, sublayers = [], []
+            for i in range(first, first + layers):
+                blocks = model.tail
+                if Stage(i, 0) in pieces:
+                    blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[Stage(i, 0)]))
+                sublayers.append(blocks[f"slot_{i % period}"].sublayers(rope, attend(spec_of(i), seen)))
+            stream.partial = outer(functools.partial(_unrolled, stream, first, sublayers, remat))(
+                stream.partial
+            )
             seen = _stack(seen)
         found.append(seen)
     return found
@@ -128,10 +133,30 @@ def run_layer(stream: Stream, layer: int, sublayers, remat: Callable[[Callable],
     for i, sublayer in enumerate(sublayers, 2 * layer):
         reads = stream.row(i)
         step = remat(functools.partial(_sublayer, stream, sublayer, stream.residual.starts(i)))
-        partial, output, logit = step(stream.partial, reads)
+        partial, output, logit = step(checkpoint_name(stream.partial, CARRY), reads)
         stream.write(partial, output)
         stream.partial = constrain(stream.partial, ("batch", "time", None))
         stream.note(_stack([logit]))
+
+
+def _groups(stages: list[Stage], stream: Stream) -> Iterator[list[Stage]]:
+    """The stages in order; those that make up a depth block of layers on their own together."""
+    group = []
+    for stage in stages:
+        group.append(stage)
+        start, stop = 2 * group[0].first, stream.residual.end(2 * stage.first)
+        alone = stream.residual.readers and start // stream.residual.size not in stream.scanned
+        if not (alone and stream.covers(start, stop) and stop % 2 == 0 and 2 * stage.first + 2 < stop):
+            yield group
+            group = []
+
+
+def _unrolled(stream: Stream, first: int, layers: list, remat, partial):
+    """The running sum after layers, one after the other, each as its sublayers."""
+    stream.partial = partial
+    for layer, sublayers in enumerate(layers, first):
+        run_layer(stream, layer, sublayers, remat)
+    return stream.partial
 
 
 def _scan(body, stage: Stage, period: int, stream: Stream, partial, params, columns):

