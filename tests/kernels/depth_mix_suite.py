@@ -434,5 +434,8 @@ class DepthMixSuite:
             found, others = sharded(*cut, queries, gain)
             program = jax.jit(lambda *args: call(("data", "seq"), *args)).lower(*cut, queries, gain)
             assert collectives(program.compile().as_text()) == []
-        assert_equal(found, out)
+        if self.implementation == "xla":  # whose code depends on the shape, to the last bit
+            assert_close(found, out, 1e-6)
+        else:
+            assert_equal(found, out)
         assert_close(others, gradients, 5e-6)

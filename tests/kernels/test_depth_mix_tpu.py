@@ -78,6 +78,7 @@ def spec(**changes):
         (dict(op="join", n=1, R=1, M=7186, update=True), None),
         (dict(n=29, R=16, M=7168), None),
         (dict(target=Target("cpu", "cpu")), "runs on TPUs, not on cpu"),
+        (dict(tokens=0), "needs at least one token"),
         (dict(dtype=jnp.dtype("float16")), "for bfloat16 and float32, not float16"),
         (
             dict(n=29, R=16, M=16384, heads=16),

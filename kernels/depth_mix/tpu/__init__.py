@@ -32,6 +32,8 @@ def supports(spec: Spec) -> str | None:
         return f"it runs on TPUs, not on {spec.target.device_kind}"
     if spec.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernels are for bfloat16 and float32, not {spec.dtype}"
+    if not spec.tokens:
+        return "it needs at least one token"
     sizes = spec.n, spec.R, spec.M, spec.heads, spec.dtype
     for kernel in (f"{spec.op}_forward", f"{spec.op}_backward"):
         needed = vector_memory(kernel, TILES[-1], *sizes)
