@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.depth_mix import passes, reference, tpu, xla
+from blockjax.kernels.depth_mix import passes, reference, tpu, triton, xla
 from blockjax.kernels.depth_mix.spec import (
     Join,
     JoinInputs,
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from blockjax.errors import UsageError
 
-BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference}
+BACKENDS = {"triton": triton, "tpu": tpu, "xla": xla, "reference": reference}
 """Fastest first: `implementation=None` takes the first that supports the call."""
 
 

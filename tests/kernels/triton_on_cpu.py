@@ -1,8 +1,10 @@
 """Runs the Triton kernels of `depth_mix` on a CPU, by Triton's interpreter and a callback of JAX."""
 
 import importlib.util
+import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
@@ -10,6 +12,9 @@ from blockjax.kernels.depth_mix import triton as backend
 from blockjax.kernels.depth_mix.triton import call as calls
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+ONE_AT_A_TIME = threading.Lock()
+"""The interpreter has one place for the number of the program that it is at."""
 
 DTYPES = {"bfloat16": tl.bfloat16, "float32": tl.float32}
 
@@ -29,6 +34,13 @@ def install(monkeypatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+    monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
+    # Several rows at a time are only ever summed; element by element that would take minutes.
+    every = lambda op, rows: tuple(op.sum(row) for row in rows)  # noqa: E731
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", every)
+    # Functions that kernels call find the language patched; as it is, each would patch it again.
+    run = lambda function, *args, **options: function.rewrite()(*args, **options)  # noqa: E731
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", run)
     spec = importlib.util.find_spec("blockjax.kernels.depth_mix.triton.kernels")
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
@@ -42,28 +54,42 @@ def call(kernel, inputs, outputs, sizes, aliases=None):
     function = calls.flattened(kernel, lengths)
     flat, tree = jax.tree.flatten(outputs)
 
+    leaves = jax.tree.leaves(inputs)
+    scalars = [x if isinstance(x, np.float32) else None for x in leaves]
+
     def run(*arrays):
         found = [np.full(x.shape, np.nan, x.dtype) for x in flat]
         for source, target in (aliases or {}).items():
             found[target] = np.array(arrays[source])
-        arrays = [np.ascontiguousarray(x) for x in arrays]
-        _interpret(function, [*arrays, *found], sizes)
+        given = iter([np.array(x, order="C") for x in arrays])
+        operands = [next(given) if scalar is None else float(scalar) for scalar in scalars]
+        with ONE_AT_A_TIME:
+            _interpret(function, [*operands, *found], sizes)
         return found
 
-    arrays = jax.pure_callback(run, flat, *jax.tree.leaves(inputs), vmap_method="sequential")
+    arrays = (x for x, scalar in zip(leaves, scalars, strict=True) if scalar is None)
+    arrays = jax.pure_callback(run, flat, *arrays, vmap_method="sequential")
     return jax.tree.unflatten(tree, arrays)
 
 
-def _interpret(function, arrays, sizes) -> None:
-    pointers = [_pointer(x) for x in arrays]
-    patched = interpreter._patch_lang(function.fn)
+def _interpret(function, operands, sizes) -> None:
+    operands = [x if isinstance(x, float) else _pointer(x) for x in operands]
+    # Of kernels and of the functions that come with the language.
+    patched = [interpreter._patch_lang(fn) for fn in (function.fn, tl.zeros.fn)]
     try:
-        interpreter.interpreter_builder.set_grid_dim(sizes.programs, 1, 1)
-        for program in range(sizes.programs):
-            interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
-            function.rewrite()(*pointers, sizes)
+        interpreter.interpreter_builder.set_grid_dim(*(*sizes.grid, 1, 1)[:3])
+        for program in np.ndindex(sizes.grid):
+            interpreter.interpreter_builder.set_grid_idx(*(*program, 0, 0)[:3])
+            function.rewrite()(*operands, sizes)
     finally:
-        patched.restore()
+        for scope in reversed(patched):
+            scope.restore()
+
+
+def _convert_float(x, source, target, rounding):
+    """Rounds to nearest, which the interpreter does not; bfloat16 is handed on as uint16."""
+    x = x.view(jnp.bfloat16) if source == tl.bfloat16 else x
+    return x.astype(jnp.bfloat16).view(np.uint16) if target == tl.bfloat16 else x.astype(np.float32)
 
 
 def _pointer(x: np.ndarray):

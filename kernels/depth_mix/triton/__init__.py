@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from blockjax.kernels.depth_mix.spec import (
     Join,
     JoinInputs,
@@ -22,7 +23,7 @@ from blockjax.kernels.depth_mix.triton import plan
 PACKAGES = "jax_triton", "triton"
 MAX_HEADS = 16
 MAX_WIDTH = 16384
-OLDER = re.compile(r"\b([CGKMPTV]\d{1,4}|GTX|TITAN|Quadro|RTX 20\d\d)\b")
+OLDER = re.compile(r"\b([CGKMPTV]\d{1,4}|MX\d{3}|GTX|TITAN|Quadro|RTX 20\d\d)\b")
 """NVIDIA GPUs of compute capability below 8.0, by name."""
 
 
@@ -43,20 +44,17 @@ def supports(spec: Spec) -> str | None:
 
 
 def read_forward(inputs: ReadInputs, options: ReadOptions):
-    from blockjax.kernels.depth_mix.triton import kernels
-    from blockjax.kernels.depth_mix.triton.call import call
-
     sources, queries = inputs
     n, R, (*axes, M) = len(sources), len(queries), sources[0].shape
     rows = tuple(map(_rows, sources))
     T, dtype, heads = len(rows[0]), rows[0].dtype, options.heads
+    means = (_array(dtype, T, M),) * R if options.unstacked else (_array(dtype, R, T, M),)
     if n == 1:  # what is read of one source is that source
         means = ()
-    else:
-        means = (_array(dtype, T, M),) * R if options.unstacked else (_array(dtype, R, T, M),)
     outputs = means, _wide(R, T, heads), _wide(n, R, T, heads), _wide(n, T)
-    sizes = plan.read_forward(n, R, T, M, options)
-    means, lse, logits, norms = call(kernels.read_forward, (rows, queries), outputs, sizes)
+    sizes = plan.read_forward(rows, R, options)
+    inputs = rows, queries, np.float32(options.eps)
+    means, lse, logits, norms = _call("read_forward", inputs, outputs, sizes)
     if n == 1:
         o = sources * R if options.unstacked else jnp.broadcast_to(sources[0], (R, *axes, M))
     else:
@@ -65,76 +63,73 @@ def read_forward(inputs: ReadInputs, options: ReadOptions):
 
 
 def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: ReadOptions) -> ReadInputs:
-    """In as many launches as there are pieces of the queries whose rows fit: one, but for very wide models."""
     sources, queries = inputs
-    n, R, M = len(sources), len(queries), queries.shape[1]
-    rows = tuple(map(_rows, sources))
-    sizes, pieces = plan.read_backward(n, R, len(rows[0]), M, options)
-    found = []
-    for r in pieces:
-        piece = queries[r], _some(read.o, r), _some(do, r), read.lse[r], dlse[r], read.logits[:, r]
-        found.append(_read_backward(rows, piece, norms, sizes))
-    gradients, dqueries = zip(*found, strict=True)
-    if len(found) > 1:
-        gradients = [sum(x.astype(jnp.float32) for x in xs) for xs in zip(*gradients, strict=True)]
-    else:
-        gradients = gradients[0]
-    shape, dtype = sources[0].shape, sources[0].dtype
-    return ReadInputs(
-        tuple(x.astype(dtype).reshape(shape) for x in gradients), jnp.concatenate(dqueries)
-    )
+    rows, dmeans = tuple(map(_rows, sources)), _each(do)
+    kept = read.lse, dlse, read.logits, norms
+    backward = _one_query_backward if len(queries) == 1 else _queries_backward
+    gradients, shares = backward(rows, queries, _each(read.o), dmeans, kept, options)
+    gradients = tuple(x.reshape(sources[0].shape) for x in gradients)
+    return ReadInputs(gradients, shares.sum(0))
 
 
-def _read_backward(rows, piece, norms, sizes):
-    from blockjax.kernels.depth_mix.triton import kernels
-    from blockjax.kernels.depth_mix.triton.call import call
+def _one_query_backward(rows, queries, means, dmeans, kept, options):
+    """In one launch that reads each array once."""
+    T, M = rows[0].shape
+    sizes = plan.read_backward(rows, options)
+    means = () if sizes.group == sizes.n else means
+    outputs = tuple(_array(x.dtype, T, M) for x in rows), _wide(sizes.programs, 1, M)
+    return _call("read_backward", (rows, queries, means, *dmeans, *kept), outputs, sizes)
 
-    queries, o, do, lse, dlse, logits = piece
-    R, M = queries.shape
-    means = () if sizes.group == sizes.n else _each(o)
-    inputs = rows, queries, means, _each(do), lse, dlse, logits, norms
-    outputs = tuple(_array(x.dtype, *x.shape) for x in rows), _wide(sizes.programs, R, M)
-    gradients, shares = call(kernels.read_backward, inputs, outputs, sizes)
-    return gradients, shares.sum(0)
+
+def _queries_backward(rows, queries, _, dmeans, kept, options):
+    """In two launches: rows of all of many queries and their gradients are more than a program can hold."""
+    (R, M), T = queries.shape, len(rows[0])
+    *_, logits, norms = kept
+    sizes = plan.logit_gradients(rows, R, options)
+    outputs = _wide(*logits.shape), _wide(*logits.shape), _wide(*norms.shape)
+    found = _call("logit_gradients", (rows, dmeans, *kept), outputs, sizes)
+    sizes = plan.source_gradients(rows, R, options)
+    inputs = rows, queries, dmeans, *found
+    outputs = tuple(_array(x.dtype, T, M) for x in rows), _wide(sizes.programs, R, M)
+    return _call("source_gradients", inputs, outputs, sizes)
 
 
 def join_forward(inputs: JoinInputs, options: JoinOptions):
-    from blockjax.kernels.depth_mix.triton import kernels
-    from blockjax.kernels.depth_mix.triton.call import call
-
     partial, update, o, lse, query, norm_gain = inputs
     shape, heads = partial.shape, options.heads
     rows = _rows(partial)
     T, M = rows.shape
     added = () if update is None else (_rows(update),)
-    inputs = rows, added, _rows(o), lse, query, norm_gain
+    scalars = np.float32(options.eps), np.float32(options.norm_eps)
+    inputs = rows, added, _rows(o), lse, query, norm_gain, *scalars
     row = _array(partial.dtype, T, M)
     outputs = row, row, _wide(T, heads), _wide(T), _wide(T)
     # Without an update the running sum stays where it is, but for tokens that have none.
     aliases = {} if added else {0: 0}
-    total, x, logit, *norms = call(
-        kernels.join_forward, inputs, outputs, plan.join_forward(T, M, options), aliases
-    )
+    sizes = plan.join_forward(rows, options)
+    total, x, logit, *norms = _call("join_forward", inputs, outputs, sizes, aliases)
     return Join(total.reshape(shape), x.reshape(shape), logit.reshape(lse.shape)), tuple(norms)
 
 
 def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: JoinOptions) -> JoinInputs:
-    from blockjax.kernels.depth_mix.triton import kernels
-    from blockjax.kernels.depth_mix.triton.call import call
-
     _, update, o, lse, query, norm_gain = inputs
-    arrays = map(_rows, (join.partial, dpartial, dx, o))
-    total = _rows(o)
-    (T, M), shape = total.shape, o.shape
-    sizes = plan.join_backward(T, M, options)
+    arrays = [_rows(x) for x in (join.partial, dpartial, dx, o)]
+    (T, M), shape = arrays[0].shape, o.shape
+    sizes = plan.join_backward(arrays[0], options)
     row = _array(o.dtype, T, M)
     outputs = (row, row, _wide(T, options.heads)), _wide(2, sizes.programs, M)
     inputs = *arrays, lse, query, norm_gain, join.logit, *norms
-    (ds, do, dlse), shares = call(kernels.join_backward, inputs, outputs, sizes)
+    (ds, do, dlse), shares = _call("join_backward", inputs, outputs, sizes)
     ds, (dquery, dgain) = ds.reshape(shape), shares.sum(1)
     return JoinInputs(
         ds, None if update is None else ds, do.reshape(shape), dlse.reshape(lse.shape), dquery, dgain
     )
+
+
+def _call(kernel: str, *args):
+    from blockjax.kernels.depth_mix.triton import call, kernels
+
+    return call.call(getattr(kernels, kernel), *args)
 
 
 def _rows(x):
@@ -145,10 +140,6 @@ def _rows(x):
 def _each(x) -> tuple:
     """R arrays [..., M] as R of [T, M]; a stack of them as one."""
     return tuple(map(_rows, x)) if isinstance(x, tuple) else (_rows(x),)
-
-
-def _some(x, r: slice):
-    return x[r]
 
 
 def _array(dtype, *shape):

@@ -4,7 +4,6 @@ import functools
 import linecache
 
 import jax
-import triton
 import triton.language as tl
 from blockjax.kernels.depth_mix.triton.plan import Sizes
 
@@ -12,8 +11,13 @@ from blockjax.kernels.depth_mix.triton.plan import Sizes
 def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes, aliases: dict[int, int] | None = None):
     """Runs a kernel whose parameters are `inputs`, `outputs` and `sizes`.
 
-    Inputs are arrays and tuples of arrays, outputs `ShapeDtypeStruct`s and tuples of them; returns arrays like
-    `outputs`. `aliases`: outputs that begin as an input, by place among the arrays.
+    Args:
+      inputs: arrays, tuples of arrays, and np.float32 scalars.
+      outputs: a `ShapeDtypeStruct`, or a tuple of them, for each.
+      aliases: which outputs begin as which inputs, by place among the arrays.
+
+    Returns:
+      Arrays like `outputs`.
     """
     import jax_triton
 
@@ -23,7 +27,7 @@ def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes, aliases: dict[int,
         *jax.tree.leaves(inputs),
         kernel=flattened(kernel, lengths),
         out_shape=flat,
-        grid=(sizes.programs,),
+        grid=sizes.grid,
         num_warps=sizes.warps,
         input_output_aliases=aliases,
         S=sizes,

@@ -1,8 +1,8 @@
 """The four kernels, in Triton. A program takes whole tokens, one after the other.
 
-A row of M is held as [HP, DP], heads x width of a head, each padded to a power of two. Tuples hold one pointer
-an array and are unrolled while a kernel is compiled. `S` holds its sizes, see `Sizes`. Formulas: with the
-passes of `xla.py`.
+A row of M is held as [HP, DP], heads x width of a head, each padded to a power of two. Tuples hold one
+pointer an array and are unrolled while a kernel is compiled. `S` holds its sizes, see `plan.Sizes`. Formulas:
+with the passes of `xla.py`.
 """
 
 import triton
@@ -50,7 +50,7 @@ def _store(array, row, x, S: tl.constexpr):
 def _load_heads(array, row, S: tl.constexpr):
     """Row `row` of an array [rows, heads] as [HP, 1]; 0 where padded."""
     head = tl.arange(0, S.HP)[:, None]
-    if S.HP == S.heads:
+    if S.heads == S.HP:
         return tl.load(array + row * S.heads + head)
     return tl.load(array + row * S.heads + head, mask=head < S.heads, other=0)
 
@@ -94,18 +94,44 @@ def _per_head(x):
 
 
 @triton.jit
-def _whole(x):
-    """Sum of a row: [1, 1]."""
-    return tl.sum(_per_head(x), 0, keep_dims=True)
+def _heads(x):
+    """Sums what is per head: [1, 1]."""
+    return tl.sum(x, 0, keep_dims=True)
 
 
 @triton.jit
-def _norm(v, S: tl.constexpr):
-    return tl.rsqrt(_whole(_wide(v) * _wide(v)) / S.M + S.eps)
+def _rms(square, eps, S: tl.constexpr):
+    """1 / sqrt(mean + eps), of a row's sum of squares for each head."""
+    return tl.rsqrt(_heads(square) / S.M + eps)
 
 
 @triton.jit
-def read_forward(sources, queries, means, lse, logits, norms, S: tl.constexpr):
+def _add2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _sums(rows):
+    """Each row's sums over its heads, up to four rows at a time: what takes long is that threads exchange."""
+    found = ()
+    for i in tl.static_range(0, len(rows), 4):
+        if i + 3 < len(rows):
+            found += tl.reduce((rows[i], rows[i + 1], rows[i + 2], rows[i + 3]), 1, _add4, keep_dims=True)
+        else:
+            if i + 1 < len(rows):
+                found += tl.reduce((rows[i], rows[i + 1]), 1, _add2, keep_dims=True)
+            if (len(rows) - i) % 2 == 1:
+                found += (_per_head(rows[len(rows) - 1]),)
+    return found
+
+
+@triton.jit
+def read_forward(sources, queries, eps, means, lse, logits, norms, S: tl.constexpr):
     """`means` may be empty: of one source only logits, `lse` and norms are written."""
     n: tl.constexpr = S.n
     R: tl.constexpr = S.R
@@ -116,112 +142,183 @@ def read_forward(sources, queries, means, lse, logits, norms, S: tl.constexpr):
         top, total, mixed = (), (), ()
         for start in tl.static_range(0, n, group):
             rows = [_load(source, row, S) for source in sources[start : start + group]]
-            norm = [_norm(v, S) for v in rows]
+            squares = _sums([_wide(v) * _wide(v) for v in rows])
+            norm = [_rms(square, eps, S) for square in squares]
             for i in tl.static_range(len(rows)):
                 _store_one(norms, (start + i) * S.T + row, norm[i])
             tops, totals, mixtures = (), (), ()
             for r in tl.static_range(R):
                 w = _load(queries, r, S)
+                products = _sums([_wide(v) * w for v in rows])
                 scores = ()
                 for i in tl.static_range(len(rows)):
-                    scores += (norm[i] * _per_head(_wide(rows[i]) * w),)
+                    scores += (norm[i] * products[i],)
                     _store_heads(logits, ((start + i) * R + r) * S.T + row, scores[i], S)
                 highest = scores[0] if start == 0 else tl.maximum(top[r], scores[0])
                 for i in tl.static_range(1, len(rows)):
                     highest = tl.maximum(highest, scores[i])
                 p = [tl.exp(s - highest) for s in scores]
-                z, mean = p[0], p[0] * _wide(rows[0])
+                z = p[0]
                 for i in tl.static_range(1, len(rows)):
                     z += p[i]
-                    mean += p[i] * _wide(rows[i])
                 if start > 0:
                     kept = tl.exp(top[r] - highest)
                     z += total[r] * kept
-                    mean += mixed[r] * kept
+                scale = tl.full([1, 1], 1, tl.float32) if start + group < n else 1 / z
+                mean = p[0] * scale * _wide(rows[0])
+                for i in tl.static_range(1, len(rows)):
+                    mean += p[i] * scale * _wide(rows[i])
+                if start > 0:
+                    mean += mixed[r] * (kept * scale)
                 if start + group < n:
-                    tops, totals, mixtures = tops + (highest,), totals + (z,), mixtures + (mean,)
+                    tops += (highest,)
+                    totals += (z,)
+                    mixtures += (mean,)
                 else:
                     _store_heads(lse, r * S.T + row, highest + tl.log(z), S)
                     if len(means) > 0:
-                        _store(_nth(means, r, S), _nth_row(r, row, S), mean / z, S)
+                        _store(_nth(means, r, S), _nth_row(r, row, S), mean, S)
             top, total, mixed = tops, totals, mixtures
 
 
 @triton.jit
-def read_backward(
-    sources, queries, means, dmeans, lse, dlse, logits, norms, gradients, dqueries, S: tl.constexpr
-):
-    """`means` is empty if sources are held: rows of all of them at once, so that o is not read.
+def read_backward(sources, query, mean, do, lse, dlse, logits, norms, gradients, dquery, S: tl.constexpr):
+    """For one query. `mean` is empty if rows of all sources are held at once: then o is not read.
 
-    `dqueries` [programs, R, M] gets the share of each program.
+    `dquery` [programs, M] gets the share of each program.
     """
     n: tl.constexpr = S.n
-    R: tl.constexpr = S.R
     group: tl.constexpr = S.group
     program = tl.program_id(0)
-    shares = ()
-    for _ in tl.static_range(R):
-        shares += (_zeros(S),)
+    w = _load(query, 0, S)
+    share = _zeros(S)
     for token in tl.range(program, S.T, S.programs, num_stages=S.stages):
         row = tl.cast(token, tl.int64)
-        do = ()
-        for r in tl.static_range(R):
-            do += (_load(_nth(dmeans, r, S), _nth_row(r, row, S), S),)
-        # lse - dlse + sum_i p_i <do, v_i> a query, of which the gradient of a logit takes its part.
-        offset = ()
-        if group < n:
-            for r in tl.static_range(R):
-                mean = _wide(_load(_nth(means, r, S), _nth_row(r, row, S), S))
-                offset += (_per_head(_wide(do[r]) * mean) - _load_heads(dlse, r * S.T + row, S),)
+        d = _load(do, row, S)
+        z = _load_heads(lse, row, S)
+        # sum_i p_i <do, v_i> - dlse, which the gradients of logits are centered by.
+        center = -_load_heads(dlse, row, S)
+        if len(mean) > 0:
+            center += _per_head(_wide(d) * _wide(_load(mean[0], row, S)))
         for start in tl.static_range(0, n, group):
             rows = [_load(source, row, S) for source in sources[start : start + group]]
-            norm = ()
-            back = ()
-            dv = ()
+            c = _sums([_wide(d) * _wide(v) for v in rows])
+            s, p = (), ()
             for i in tl.static_range(len(rows)):
-                norm += (_load_one(norms, (start + i) * S.T + row),)
-                back += (tl.zeros([1, 1], tl.float32),)
-                dv += (_zeros(S),)
-            added = ()
+                s += (_load_heads(logits, (start + i) * S.T + row, S),)
+                p += (tl.exp(s[i] - z),)
+            if len(mean) == 0 and n > 1:
+                for i in tl.static_range(n):
+                    center += p[i] * c[i]
+            for i in tl.static_range(len(rows)):
+                # Of one source the gradient of its logit is dlse, exactly.
+                ds = p[i] * (c[i] - center) if n > 1 else -center
+                norm = _load_one(norms, (start + i) * S.T + row)
+                scaled, back = norm * ds, norm * norm / S.M * _heads(ds * s[i])
+                share += scaled * _wide(rows[i])
+                _store(gradients[start + i], row, p[i] * _wide(d) + scaled * w - back * _wide(rows[i]), S)
+    _store(dquery, program, share, S)
+
+
+@triton.jit
+def logit_gradients(sources, dmeans, lse, dlse, logits, norms, weights, scaled, back, S: tl.constexpr):
+    """The factors in the gradients of R queries and n sources: `weights` and `scaled` = r_i ds are like
+    logits, `back` = r_i^2 / M sum ds s is like norms. A program is one warp, over the columns of a token."""
+    n: tl.constexpr = S.n
+    R: tl.constexpr = S.R
+    BC: tl.constexpr = S.BC
+    row = tl.cast(tl.program_id(0), tl.int64)
+    total = ()
+    for _ in tl.static_range(n):
+        total += (0.0,)
+    for head in tl.range(S.heads):
+        c = ()
+        for _ in tl.static_range(n * R):
+            c += (tl.zeros([BC // 8], tl.float32),)
+        for start in tl.range(0, S.D, BC, num_stages=S.stages):
+            column = start + tl.arange(0, BC)
+            at = row * S.M + head * S.D + column
+            rows = [_wide(tl.load(source + at, mask=column < S.D, other=0)) for source in sources]
+            found = ()
             for r in tl.static_range(R):
-                z = _load_heads(lse, r * S.T + row, S)
-                s, p, c = (), (), ()
-                for i in tl.static_range(len(rows)):
-                    s += (_load_heads(logits, ((start + i) * R + r) * S.T + row, S),)
-                    p += (tl.exp(s[i] - z),)
-                    c += (_per_head(_wide(do[r]) * _wide(rows[i])),)
-                if group < n:
-                    center = offset[r]
-                else:
-                    center = -_load_heads(dlse, r * S.T + row, S)
-                    # Of one source the gradient of its logit is dlse, exactly.
-                    if n > 1:
-                        for i in tl.static_range(n):
-                            center += p[i] * c[i]
-                w = _load(queries, r, S)
-                share = shares[r]
-                backs, dvs = (), ()
-                for i in tl.static_range(len(rows)):
-                    ds = p[i] * (c[i] - center) if n > 1 else -center
-                    scaled = norm[i] * ds
-                    backs += (back[i] + tl.sum(ds * s[i], 0, keep_dims=True),)
-                    dvs += (dv[i] + p[i] * _wide(do[r]) + scaled * w,)
-                    share += scaled * _wide(rows[i])
-                back, dv = backs, dvs
-                added += (share,)
-            shares = added
-            for i in tl.static_range(len(rows)):
-                dv_i = dv[i] - (norm[i] * norm[i] / S.M * back[i]) * _wide(rows[i])
-                _store(gradients[start + i], row, dv_i, S)
+                d = _wide(
+                    tl.load(_nth(dmeans, r, S) + _nth_row(r, 0, S) * S.M + at, mask=column < S.D, other=0)
+                )
+                for i in tl.static_range(n):
+                    # Threads add up what they hold, and exchange it once, at the end.
+                    found += (c[r * n + i] + tl.sum(tl.reshape(d * rows[i], [BC // 8, 8]), 1),)
+            c = found
+        for r in tl.static_range(R):
+            at = (r * S.T + row) * S.heads + head
+            z = tl.load(lse + at)
+            center = -tl.load(dlse + at)
+            s, p, e = (), (), ()
+            for i in tl.static_range(n):
+                s += (tl.load(logits + i * R * S.T * S.heads + at),)
+                p += (tl.exp(s[i] - z),)
+                e += (tl.sum(c[r * n + i], 0),)
+                if n > 1:
+                    center += p[i] * e[i]
+            added = ()
+            for i in tl.static_range(n):
+                # Of one source the gradient of its logit is dlse, exactly.
+                ds = p[i] * (e[i] - center) if n > 1 else -center
+                tl.store(weights + i * R * S.T * S.heads + at, p[i])
+                tl.store(scaled + i * R * S.T * S.heads + at, tl.load(norms + i * S.T + row) * ds)
+                added += (total[i] + ds * s[i],)
+            total = added
+    for i in tl.static_range(n):
+        norm = tl.load(norms + i * S.T + row)
+        tl.store(back + i * S.T + row, norm * norm / S.M * total[i])
+
+
+@triton.jit
+def source_gradients(sources, queries, dmeans, weights, scaled, back, gradients, dqueries, S: tl.constexpr):
+    """From what `logit_gradients` found. A program has BC columns of a head of every programs-th token;
+    `dqueries` [programs, R, M] gets its share."""
+    n: tl.constexpr = S.n
+    R: tl.constexpr = S.R
+    BC: tl.constexpr = S.BC
+    of_head: tl.constexpr = S.pieces // S.heads
+    head = tl.program_id(0) // of_head
+    column = tl.program_id(0) % of_head * BC + tl.arange(0, BC)
+    inside = column < S.D
+    column += head * S.D
+    shares = ()
+    for _ in tl.static_range(R):
+        shares += (tl.zeros([BC], tl.float32),)
+    for token in tl.range(tl.program_id(1), S.T, S.programs, num_stages=S.stages):
+        row = tl.cast(token, tl.int64)
+        at = row * S.M + column
+        rows = [_wide(tl.load(source + at, mask=inside, other=0)) for source in sources]
+        dv = ()
+        for i in tl.static_range(n):
+            dv += (-tl.load(back + i * S.T + row) * rows[i],)
+        added = ()
+        for r in tl.static_range(R):
+            d = _wide(tl.load(_nth(dmeans, r, S) + _nth_row(r, 0, S) * S.M + at, mask=inside, other=0))
+            w = tl.load(queries + r * S.M + column, mask=inside, other=0)
+            of = (r * S.T + row) * S.heads + head
+            share, sums = shares[r], ()
+            for i in tl.static_range(n):
+                p = tl.load(weights + i * R * S.T * S.heads + of)
+                a = tl.load(scaled + i * R * S.T * S.heads + of)
+                share += a * rows[i]
+                sums += (dv[i] + p * d + a * w,)
+            dv = sums
+            added += (share,)
+        shares = added
+        for i in tl.static_range(n):
+            tl.store(gradients[i] + at, dv[i].to(gradients[i].dtype.element_ty), mask=inside)
     for r in tl.static_range(R):
-        _store(dqueries, program * R + r, shares[r], S)
+        tl.store(dqueries + (tl.program_id(1) * R + r) * S.M + column, shares[r], mask=inside)
 
 
 @triton.jit
 def join_forward(
-    partial, update, o, lse, query, norm_gain, new_partial, x, logits, norms, rms, S: tl.constexpr
+    partial, update, o, lse, query, norm_gain, eps, norm_eps, total, x, logits, norms, rms, S: tl.constexpr
 ):
-    """`update` is an empty tuple where there is none; `new_partial` is then `partial` itself."""
+    """`update` is an empty tuple where there is none; `total` is then `partial` itself."""
     w, gain = _load(query, 0, S), _load(norm_gain, 0, S)
     for token in tl.range(tl.program_id(0), S.T, S.programs, num_stages=S.stages):
         row = tl.cast(token, tl.int64)
@@ -231,14 +328,13 @@ def join_forward(
             s = (_wide(s) + _wide(_load(update[0], row, S))).to(s.dtype)
         absent = z == float("inf")
         s = tl.where(absent, 0.0, _wide(s))
-        if len(update) > 0:
-            _store(new_partial, row, s, S)
-        elif tl.max(absent.to(tl.int32)) > 0:
-            _store(new_partial, row, s, S)
-        norm = _norm(s, S)
-        logit = norm * _per_head(s * w)
+        if len(update) > 0 or tl.max(absent.to(tl.int32)) > 0:
+            _store(total, row, s, S)
+        square, product = _sums((s * s, s * w))
+        norm = _rms(square, eps, S)
+        logit = norm * product
         h = mean + tl.sigmoid(logit - z) * (s - mean)
-        scale = tl.rsqrt(_whole(h * h) / S.M + S.norm_eps)
+        scale = _rms(_per_head(h * h), norm_eps, S)
         _store(x, row, scale * h * gain, S)
         _store_heads(logits, row, tl.where(absent, float("-inf"), logit), S)
         _store_one(norms, row, norm)
@@ -267,10 +363,12 @@ def join_backward(
         h = (mean + g * apart) * scale
         dgain += dy * h
         dy = dy * gain
-        dh = scale * (dy - h * (_whole(dy * h) / S.M))
-        a = g * (1 - g) * _per_head(dh * apart)
+        dyh, dya, ha, _ = _sums((dy * h, dy * apart, h * apart, h))
+        along = _heads(dyh) / S.M
+        dh = scale * (dy - h * along)
+        a = g * (1 - g) * scale * (dya - along * ha)
         logit = tl.where(absent, 0.0, logit)
-        back = norm * norm / S.M * tl.sum(a * logit, 0, keep_dims=True)
+        back = norm * norm / S.M * _heads(a * logit)
         dquery += (norm * a) * s
         ds = g * dh + (norm * a) * w - back * s + dsum
         _store(outputs[0], row, tl.where(absent, 0.0, ds), S)
