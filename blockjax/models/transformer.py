@@ -25,7 +25,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import DepthQueries, Stream
 from blockjax.errors import UsageError, nearest
-from blockjax.kernels import depth_mix
 from blockjax.kernels.block_sparse_attention import RESIDUAL
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
@@ -56,7 +55,7 @@ REMAT: dict[str, Callable] = {
         jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(stages.CARRY)
     ),
     "dots": _keep(stages.CARRY, RESIDUAL),
-    "matmuls": _keep(stages.CARRY, RESIDUAL, MATMUL_INPUT, depth_mix.RESIDUAL),
+    "matmuls": _keep(stages.CARRY, RESIDUAL, MATMUL_INPUT),
 }
 
 
