@@ -164,7 +164,7 @@ def depth_join(
     # A partial of infinite lse takes all of the weight.
     lse = lse.astype(dtype) if first is False else jnp.where(first, jnp.inf, lse.astype(dtype))
     inputs = JoinInputs(partial, update, o, lse, query.astype(dtype), norm_gain.astype(dtype))
-    options = JoinOptions(heads, float(eps), float(norm_eps))
+    options = JoinOptions(heads, float(eps), float(norm_eps), first is not False)
     out = passes.join(_backend(spec, implementation), inputs, options)
     return out._replace(logit=jax.lax.stop_gradient(out.logit))
 

@@ -84,16 +84,19 @@ class Read(NamedTuple):
 
 
 class JoinOptions(NamedTuple):
+    """`first`: whether there may be no running sum, see `JoinInputs`."""
+
     heads: int
     eps: float
     norm_eps: float
+    first: bool = True
 
 
 class JoinInputs(NamedTuple):
     """What a join starts from; all [..., M] of one floating dtype unless noted.
 
-    Where `lse` is +inf there is no running sum yet: `partial` and `update` are then not used, whatever is in
-    them, and count as 0; their gradient is 0.
+    With `JoinOptions.first` there is no running sum yet where `lse` is +inf: `partial` and `update` are then
+    not used, whatever is in them, and count as 0; their gradient is 0.
 
     Attributes:
       update: added to `partial`; None for nothing.

@@ -70,15 +70,15 @@ def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: Read
 def join_forward(inputs: JoinInputs, options: JoinOptions):
     partial, update, o, lse, query, norm_gain = inputs
     total = partial if update is None else partial + update
-    absent = lse == jnp.inf
-    total = jnp.where(absent[..., :1], 0, total)
+    if options.first:
+        total = jnp.where(lse[..., :1] == jnp.inf, 0, total)
     s = _wide(total)
     norm = jax.lax.rsqrt(jnp.mean(s * s, axis=-1) + options.eps)
     logit = norm[..., None] * _products(_split(s, options.heads), _split(query[None], options.heads))[0]
     h = _merged(s, _wide(o), logit, lse, options.heads)
     rms = jax.lax.rsqrt(jnp.mean(h * h, axis=-1) + options.norm_eps)
     x = (rms[..., None] * h * norm_gain).astype(o.dtype)
-    return Join(total, x, jnp.where(absent, -jnp.inf, logit)), (norm, rms)
+    return Join(total, x, jnp.where(lse == jnp.inf, -jnp.inf, logit)), (norm, rms)
 
 
 def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: JoinOptions) -> JoinInputs:

@@ -169,16 +169,17 @@ class DepthMixSuite:
     @pytest.mark.parametrize(
         ("heads", "update", "first"),
         [
-            (1, True, False),
+            (1, True, None),
             (4, True, True),
-            (4, False, False),
+            (4, False, None),
             (1, False, True),
             (16, True, False),
         ],
     )
     def test_join(self, heads, update, first):
         arrays = join_inputs(0, (3, 5, 32), heads, update)
-        self.compare_join(*arrays, first=jnp.array(first), heads=heads)
+        options = {} if first is None else dict(first=jnp.array(first))
+        self.compare_join(*arrays, **options, heads=heads)
 
     def test_static_first_is_traced_first(self):
         arrays = join_inputs(0, (3, 16))

@@ -36,6 +36,7 @@ def interpreted(monkeypatch):
 @exhaustive_but(
     "test_any_number_of_tokens",
     "test_any_width",
+    "test_join_without_an_update",
     "test_nothing_is_read_of_an_absent_running_sum",
     "test_one_source_is_read_as_it_is",
 )
@@ -47,6 +48,9 @@ class TestTpu(DepthMixSuite):
     @pytest.mark.parametrize("M", [1280, *(pytest.param(M, marks=EXHAUSTIVE) for M in (1000, 2048, 7186))])
     def test_any_width(self, M):
         super().test_any_width(M)
+
+    def test_join_without_an_update(self):
+        super().test_join(2, False, None)
 
     def test_on_a_mesh(self, monkeypatch):
         # Plain interpretation does not know about axes that values vary over.

@@ -99,13 +99,14 @@ def join_forward(inputs: JoinInputs, options: JoinOptions):
     launch = _Launch("join_forward", partial, 1, options)
     M, heads = launch.M, options.heads
     streamed = launch.flat(partial), None if update is None else launch.flat(update), launch.flat(o)
+    same = update is None and not options.first
     (total, x, stats), _ = launch(
         (*streamed, launch.flat(lse)),
         (query[None], norm_gain[None]),
-        (launch.like(M), launch.like(M), launch.like(heads + 2, dtype=jnp.float32)),
+        (None if same else launch.like(M), launch.like(M), launch.like(heads + 2, dtype=jnp.float32)),
     )
     logit = stats[:, :heads].reshape(lse.shape)
-    return Join(launch.whole(total), launch.whole(x), logit), stats
+    return Join(partial if same else launch.whole(total), launch.whole(x), logit), stats
 
 
 def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: JoinOptions) -> JoinInputs:

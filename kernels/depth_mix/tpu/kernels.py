@@ -192,19 +192,22 @@ def read_backward(call: Call, streamed, shared, out, sums):
 def join_forward(call: Call, streamed, shared, out, sums):
     """Running sum, update or None, mean [tile, M], lse [tile, h] to running sum, x and numbers.
 
+    The running sum that goes out is None if it is the one that came in.
     Numbers [tile, h + 2] are logits, norm and rms; `shared` are query and gain [1, M].
     """
     (partial, update, mean, lse), (query, gain), (total, x, stats) = streamed, shared, out
+    running = partial if total is None else total
 
     def group(rows):
         absent = lse[rows, 0:1] == jnp.inf
 
         def add(head, cols, carry):
             square, products = carry
-            s = _wide(partial[rows, cols])
-            s = s if update is None else s + _wide(update[rows, cols])
-            total[rows, cols] = jnp.where(absent, 0, s).astype(total.dtype)
-            s = _wide(total[rows, cols])
+            if total is not None:
+                s = _wide(partial[rows, cols])
+                s = s if update is None else s + _wide(update[rows, cols])
+                total[rows, cols] = jnp.where(absent, 0, s).astype(total.dtype)
+            s = _wide(running[rows, cols])
             return square + _sum(s * s), products + call.along(head, [s * query[:, cols]])
 
         square, products = call.pieces(add, (call.zeros(), call.zeros(call.heads)))
@@ -213,7 +216,7 @@ def join_forward(call: Call, streamed, shared, out, sums):
         g = _sigmoid(logit - lse[rows, :])
 
         def merged(head, cols):
-            return _merge(_pick(g, head), total, mean, rows, cols)
+            return _merge(_pick(g, head), running, mean, rows, cols)
 
         square = call.pieces(lambda head, cols, carry: carry + _sum(merged(head, cols) ** 2), call.zeros())
         rms = lax.rsqrt(square / call.M + call.norm_eps)
