@@ -84,8 +84,25 @@ class TestInterpreted(Refuses64, DepthMixSuite):
         monkeypatch.setattr(backend, "supports", here)
         monkeypatch.setattr(plan, "multiprocessors", lambda: 1)
 
+    @pytest.mark.parametrize("unstacked", [True, False])
+    def test_queries_in_pieces(self, monkeypatch, unstacked):
+        """Of more queries than a program can hold: pieces of two, and one alone."""
+        monkeypatch.setattr(plan, "forward_queries", lambda *_: 2)
+        monkeypatch.setattr(plan, "backward_queries", lambda n: 2)
+        self.compare_read(sources_of(0, 3, (5, 24)), rand(1, 3, 24), heads=2, unstacked=unstacked)
+
 
 EPS = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "R", "M", "forward", "backward"),
+    [(16, 1, 7168, 1, 1), (8, 8, 2048, 8, 8), (9, 6, 7168, 2, 6), (16, 8, 2048, 8, 4), (29, 8, 4096, 4, 2)],
+)
+def test_queries_of_one_launch(n, R, M, forward, backward):
+    rows, options = (jax.ShapeDtypeStruct((64, M), "bfloat16"),) * n, ReadOptions(1, EPS, True)
+    found = min(R, plan.forward_queries(rows, R, options)), min(R, plan.backward_queries(n))
+    assert found == (forward, backward)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

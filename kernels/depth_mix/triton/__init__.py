@@ -44,6 +44,20 @@ def supports(spec: Spec) -> str | None:
 
 
 def read_forward(inputs: ReadInputs, options: ReadOptions):
+    """In one launch, unless the means of all queries together are too wide for a program."""
+    sources, queries = inputs
+    rows, R = tuple(map(_rows, sources)), len(queries)
+    pieces = _pieces(R, plan.forward_queries(rows, R, options))
+    found = [_read_forward(ReadInputs(sources, queries[r]), options) for r in pieces]
+    if len(found) == 1:
+        return found[0]
+    reads, norms = zip(*found, strict=True)
+    means, lse, logits = zip(*reads, strict=True)
+    o = sum(means, ()) if options.unstacked else jnp.concatenate(means)
+    return Read(o, jnp.concatenate(lse), jnp.concatenate(logits, 1)), norms[0]
+
+
+def _read_forward(inputs: ReadInputs, options: ReadOptions):
     sources, queries = inputs
     n, R, (*axes, M) = len(sources), len(queries), sources[0].shape
     rows = tuple(map(_rows, sources))
@@ -64,12 +78,17 @@ def read_forward(inputs: ReadInputs, options: ReadOptions):
 
 def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: ReadOptions) -> ReadInputs:
     sources, queries = inputs
-    rows, dmeans = tuple(map(_rows, sources)), _each(do)
-    kept = read.lse, dlse, read.logits, norms
-    backward = _one_query_backward if len(queries) == 1 else _queries_backward
-    gradients, shares = backward(rows, queries, _each(read.o), dmeans, kept, options)
-    gradients = tuple(x.reshape(sources[0].shape) for x in gradients)
-    return ReadInputs(gradients, shares.sum(0))
+    rows, found = tuple(map(_rows, sources)), []
+    for r in _pieces(len(queries), plan.backward_queries(len(sources))):
+        w, kept = queries[r], (read.lse[r], dlse[r], read.logits[:, r], norms)
+        backward = _one_query_backward if len(w) == 1 else _queries_backward
+        found.append(backward(rows, w, _each(read.o[r]), _each(do[r]), kept, options))
+    gradients, shares = zip(*found, strict=True)
+    if len(found) > 1:
+        gradients = [[sum(x.astype(jnp.float32) for x in xs) for xs in zip(*gradients, strict=True)]]
+    like = sources[0]
+    gradients = tuple(x.astype(like.dtype).reshape(like.shape) for x in gradients[0])
+    return ReadInputs(gradients, jnp.concatenate([share.sum(0) for share in shares]))
 
 
 def _one_query_backward(rows, queries, means, dmeans, kept, options):
@@ -130,6 +149,11 @@ def _call(kernel: str, *args):
     from blockjax.kernels.depth_mix.triton import call, kernels
 
     return call.call(getattr(kernels, kernel), *args)
+
+
+def _pieces(R: int, most: int) -> list[slice]:
+    """R queries in pieces of at most so many, all but the last of equal length."""
+    return [slice(start, min(start + most, R)) for start in range(0, R, most)]
 
 
 def _rows(x):

@@ -12,6 +12,9 @@ CARRIED = 64
 """Elements of a tile for each thread, over all sources: registers for twice as many would leave one program
 on a multiprocessor."""
 
+SUMS = 72
+"""Sums over a row, one a query and source, that a warp keeps while it goes over the columns."""
+
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "12.0": 99, "12.1": 99}
 """KiB that a program may use, by compute capability; others have 227."""
 
@@ -52,6 +55,11 @@ class Sizes:
     def grid(self) -> tuple[int, ...]:
         return (self.pieces, self.programs) if self.pieces else (self.programs,)
 
+    @property
+    def width(self) -> int:
+        """Elements of a row that a thread has."""
+        return max(1, self.HP * self.DP // (32 * self.warps))
+
     def spread(self, width: int) -> "Sizes":
         """With as many warps as give each thread `width` elements of a row, if that many there may be."""
         return replace(self, warps=min(16, max(1, self.HP * self.DP // (32 * width))))
@@ -68,8 +76,19 @@ def read_forward(rows: tuple[jax.Array, ...], R: int, options: ReadOptions) -> S
     sizes = _sizes(rows, R, options)
     if R == 1:
         return replace(sizes, group=2).spread(16)
-    width = next((width for width in (16, 8) if width * sizes.n <= CARRIED), 4)
-    return replace(sizes, group=CARRIED // width).spread(width)
+    sizes = sizes.spread(next((width for width in (16, 8) if width * sizes.n <= CARRIED), 4))
+    return replace(sizes, group=max(1, CARRIED // sizes.width))
+
+
+def forward_queries(rows: tuple[jax.Array, ...], R: int, options: ReadOptions) -> int:
+    """How many of R one launch can serve: where sources come in several groups, means are carried between."""
+    sizes = read_forward(rows, R, options)
+    return R if sizes.n <= sizes.group else max(1, CARRIED // 2 // sizes.width)
+
+
+def backward_queries(n: int) -> int:
+    """How many one launch can serve, for n sources."""
+    return max(1, SUMS // n)
 
 
 def read_backward(rows: tuple[jax.Array, ...], options: ReadOptions) -> Sizes:
