@@ -6,6 +6,9 @@ another project on PyPI.
 
 from setuptools import find_packages, setup
 
+# The versions that were measured together; later ones of either need others of the other.
+TRITON = ["jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.7"]
+
 KERNELS = ["blockjax.kernels", *(f"blockjax.kernels.{p}" for p in find_packages("kernels"))]
 
 setup(
@@ -39,11 +42,12 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
+        "cuda": ["jax[cuda13]>=0.11.2,<0.13", *TRITON],
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "gcs": ["gcsfs>=2024.6"],
         "slurm": ["submitit>=1.5"],
-        "bench": ["torch>=2.8"],  # FlexAttention and a compiled decoder, to compare with
+        # FlexAttention, a compiled decoder and fused_attnres, to compare with
+        "bench": ["torch>=2.8", "fla-core>=0.6"],
         "dev": [
             "setuptools>=77",
             "pytest>=8",
@@ -54,6 +58,7 @@ setup(
             "jupytext>=1.16",
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            "triton>=3.6,<3.7; platform_system == 'Linux'",  # its interpreter
         ],
     },
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from blockjax.kernels.block_sparse_attention import DistanceBias, block_sparse_attention
+    from blockjax.kernels.depth_mix import depth_mix
     from blockjax.masks import BlockMask, Causal, Chunked, Everything, Window
     from blockjax.models import LayerSpec, Transformer, TransformerConfig, preset
 
@@ -23,6 +24,7 @@ _HOME = {
     "TransformerConfig": "blockjax.models",
     "Window": "blockjax.masks",
     "block_sparse_attention": "blockjax.kernels.block_sparse_attention",
+    "depth_mix": "blockjax.kernels.depth_mix",
     "preset": "blockjax.models",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "TransformerConfig",
     "Window",
     "block_sparse_attention",
+    "depth_mix",
     "preset",
 ]
 

@@ -243,7 +243,7 @@ figure = plots.plot_locality(found.attention._asdict(), windows if any(windows) 
 residual = model.config.residual_rule
 sources = ["embedding", *(f"block {b}" for b in range(residual.blocks))]
 sublayers = [f"{kind} {layer}" for layer in range(model.config.depth) for kind in ("attention", "MLP")]
-figure = plots.plot_depth_weights(found.depth_weights, sources, [*sublayers, "head"])
+figure = plots.plot_depth_weights(found.depth_weights[:, 0], sources, [*sublayers, "head"])
 
 # %% [markdown]
 # The weights differ from token to token. Here is what the output head reads along a few lines of code;
@@ -251,7 +251,7 @@ figure = plots.plot_depth_weights(found.depth_weights, sources, [*sublayers, "he
 
 # %%
 text = [tokenizer.decode([int(i)]) for i in tokens[:64]]
-figure = plots.plot_token_weights(found.head_weights[: len(text)], text, sources)
+figure = plots.plot_token_weights(found.token_weights[: len(text)], text, sources)
 
 # %% [markdown]
 # ## Where to go from here

@@ -5,11 +5,13 @@ Command:   python experiments/sweep.py --config=configs/depth.py:small --sweep=r
            python experiments/train.py --config=configs/depth.py:350m --run=runs/depth
 Arguments: a size (125m); `residual`: a rule such as block_attn_res; number of depth `blocks`
            (8); `small`: 8 layers on the Python standard library as bytes; `runlocal`
-Sweep:     prenorm; block_attn_res of 2 and of 4 sublayers; attn_res (every sublayer a block);
-           delta_block of 4. Three seeds
-Hardware:  one GPU or TPU, or many; `small`: two CPU cores (about 10 minutes a run) or any GPU
+Sweep:     prenorm; block_attn_res of 2 and of 4 sublayers; attn_res (every sublayer a block) with one head
+           and with four; delta_block of 4. Each with the layers of the size and with half as many more,
+           compared to prenorm of the same size. Three seeds
+Hardware:  one GPU or TPU, or many; `small`: two CPU cores (about 10 minutes a run of 8 layers) or any GPU
 Score:     see experiments/LOG.md
-Source:    Attention Residuals (arXiv:2603.15031), Delta Attention Residuals (arXiv:2605.18855)
+Source:    Attention Residuals (arXiv:2603.15031), Delta Attention Residuals (arXiv:2605.18855), Multi-Head
+           AttnRes (arXiv:2607.27230)
 """
 
 from blockjax.arguments import parse_arg
@@ -36,7 +38,10 @@ def sweep(add, config):
         "block-2": "block_attn_res:size=2",
         "block-4": "block_attn_res:size=4",
         "full": "attn_res",
+        "full-4-heads": "attn_res:heads=4",
         "delta-block-4": "delta_block:size=4",
     }
-    for name, residual in settings.items():
-        add(name, {"model.residual": residual}, seeds=range(3))
+    for layers in (config.model.depth, config.model.depth * 3 // 2):
+        for name, residual in settings.items():
+            overrides = {"model.depth": layers, "model.residual": residual}
+            add(f"{layers}-{name}", overrides, seeds=range(3), against=f"{layers}-prenorm")

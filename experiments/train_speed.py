@@ -1,6 +1,7 @@
 """Times training steps of a 375M decoder beside compiled PyTorch, on one GPU.
 
-    python experiments/train_speed.py [--case dense] [--batch 4] [--remat matmuls] [--stack scan] [--profile]
+    python experiments/train_speed.py [--case dense] [--batch 4] [--remat matmuls] [--stack scan]
+        [--residual prenorm block_attn_res:size=8] [--profile]
 
 The decoder: 24 layers of width 1024, 8 heads of 128, SwiGLU of 2816, 32768 tokens, untied; sequences of 8192
 random tokens, float32 parameters, bfloat16 compute, AdamW. `window` gives three of four layers a window of
@@ -31,31 +32,37 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[4], metavar="B")
     parser.add_argument("--remat", nargs="+", default=["matmuls"], help="of ours, see `models.config`")
     parser.add_argument("--stack", nargs="+", default=["unroll"], help="of ours: scan or unroll")
+    parser.add_argument(
+        "--residual", nargs="+", default=["prenorm"], help="of ours, see docs/depth_attention"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        case, batch, *how = args.one.split(",")
-        run = torch_steps if case == "torch" else functools.partial(our_steps, PATTERNS[case], *how)
+        case, batch, how = args.one.split(",", 2)
+        run = (
+            torch_steps if case == "torch" else functools.partial(our_steps, PATTERNS[case], *how.split(" "))
+        )
         print(json.dumps(run(int(batch), args.profile)))
         return
     peer = None
     for batch in args.batch:
         for case in args.case:
-            for how in [("", "")] if case == "torch" else itertools.product(args.remat, args.stack):
-                command = [sys.executable, __file__, "--one", ",".join((case, str(batch), *how))]
+            ways = itertools.product(args.remat, args.stack, args.residual)
+            for how in map(" ".join, [()] if case == "torch" else ways):
+                command = [sys.executable, __file__, "--one", f"{case},{batch},{how}"]
                 child = subprocess.run(
                     command + ["--profile"] * args.profile, capture_output=True, text=True, check=False
                 )
                 if child.returncode:
-                    print(f"{case} B={batch} {' '.join(how)} failed:\n{child.stderr[-2000:]}", flush=True)
+                    print(f"{case} B={batch} {how} failed:\n{child.stderr[-2000:]}", flush=True)
                     continue
                 found = json.loads(child.stdout.splitlines()[-1])
                 speed = batch * T / found["seconds"]
                 peer = speed if case == "torch" else peer
                 ratio = f" = {speed / peer:.3f} of PyTorch" if peer else ""
                 print(
-                    f"{case:7} B={batch} {' '.join(how):11} {found['seconds'] * 1e3:7.1f} ms/step "
+                    f"{case:7} B={batch} {how:19} {found['seconds'] * 1e3:7.1f} ms/step "
                     f"{speed:9,.0f} tokens/s{ratio}, {found['bytes'] / 2**30:.1f} GiB",
                     flush=True,
                 )
@@ -63,7 +70,7 @@ def main() -> None:
                     print(f"    {seconds * 1e3:8.2f} ms {count:5d} x {name}", flush=True)
 
 
-def our_steps(pattern: str, remat: str, stack: str, batch: int, profile: bool) -> dict:
+def our_steps(pattern: str, remat: str, stack: str, residual: str, batch: int, profile: bool) -> dict:
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +82,8 @@ def our_steps(pattern: str, remat: str, stack: str, batch: int, profile: bool) -
 
     model = TransformerConfig(
         **dict(vocab_size=VOCAB, depth=LAYERS, width=WIDTH, heads=HEADS, kv_heads=HEADS, ffn=FFN),
-        **dict(head_dim=WIDTH // HEADS, context=T, qk_norm=False, pattern=pattern, remat=remat, stack=stack),
+        **dict(head_dim=WIDTH // HEADS, context=T, qk_norm=False, pattern=pattern, residual=residual),
+        **dict(remat=remat, stack=stack),
     )
     tokens = jax.random.randint(jax.random.key(0), (batch, T + 1), 0, VOCAB)
     inputs = dict(

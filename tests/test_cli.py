@@ -249,6 +249,7 @@ def real(script: str, *arguments: str) -> subprocess.CompletedProcess:
     [
         ("train", [CONFIG, "--run=x", "--config.mesh.tensor=2"], ["tensor=2", "there are 1"]),
         ("generate", ["--run=no/where"], ["no/where"]),
+        ("convert", [CONFIG, "--run=x"], ["--from_run=runs/NAME"]),
         ("generate", ["--tokens=many"], ["--tokens=many"]),
     ],
 )

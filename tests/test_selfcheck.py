@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blockjax.kernels import checking
 from blockjax.kernels.block_sparse_attention import check, xla
+from blockjax.kernels.depth_mix import check as depth_check
+from blockjax.kernels.depth_mix import xla as depth_xla
 from jax.experimental import io_callback
 
 from blockjax import selfcheck
@@ -17,9 +20,11 @@ from blockjax import selfcheck
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Checks XLA in two families; returns the exit status and what was printed."""
+    """Checks XLA's attention in two families; returns the exit status and what was printed."""
     families = check.Family(16, 32, None, "bias"), check.Family(64, 16, 4, "segments")
     monkeypatch.setattr(check, "FAMILIES", families)
+    monkeypatch.setattr(depth_check, "SIZES", (depth_check.Size(3, 2, 24, 2),))
+    monkeypatch.setattr(selfcheck, "CHECKS", {"block_sparse_attention": check})
     monkeypatch.setattr(selfcheck, "IMPLEMENTATION", types.SimpleNamespace(value=None))
     monkeypatch.setattr(selfcheck, "QUICK", types.SimpleNamespace(value=True))
 
@@ -69,12 +74,28 @@ def test_a_run_that_differs_from_the_last_is_reported(run, monkeypatch):
     assert status == 1 and said.count("two runs differ") == 2 and "wrong" not in said
 
 
+def test_a_wrong_gradient_of_the_depth_mix_is_reported(run, monkeypatch):
+    monkeypatch.setattr(selfcheck, "CHECKS", {"depth_mix": depth_check})
+    status, said = run()
+    assert status == 0 and "1 of 1 checks passed" in said, said
+    assert "depth_mix: tpu is skipped: it runs on TPUs, not on cpu\n" in said
+    join_backward = depth_xla.join_backward
+
+    def wrong(*args):
+        gradients = join_backward(*args)
+        return gradients._replace(query=1.001 * gradients.query)
+
+    monkeypatch.setattr(depth_xla, "join_backward", wrong)
+    status, said = run()
+    assert status == 1 and said.count("wrong dq ") == 1 and "0 of 1 checks passed" in said
+
+
 @pytest.mark.parametrize(
     ("x", "error"),
     [([3, 4, -np.inf], 0), ([3, 5, -np.inf], 0.2), ([3, 4, 5], np.inf), ([3, np.nan, -np.inf], np.inf)],
 )
 def test_infinities_and_nan_are_no_small_errors(x, error):
-    assert check.relative_error(np.array(x), np.array([3, 4, -np.inf])) == error
+    assert checking.relative_error(np.array(x), np.array([3, 4, -np.inf])) == error
 
 
 def test_a_backend_named_for_another_machine_is_refused():

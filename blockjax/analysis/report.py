@@ -124,23 +124,23 @@ def inside_pictures(run: Run, found: Findings, tokens: np.ndarray) -> Sections:
     sections = {"Locality": {"locality.png": locality}}
     if found.depth_weights is None:
         return sections
-    residual, (readers, sources) = m.residual_rule, found.depth_weights.shape
+    residual, (readers, heads, sources) = m.residual_rule, found.depth_weights.shape
     sublayers = [f"{('attention', 'MLP')[s % 2]} {s // 2}" for s in range(residual.sublayers)]
     blocks = sublayers if residual.size == 1 else [f"block {b}" for b in range(residual.blocks)]
-    labels = ["embedding", *blocks][:sources]
+    columns, rows = ["embedding", *blocks][:sources], [*sublayers, "output head"][:readers]
+    each = rows if heads == 1 else [f"{row}, head {head}" for row in rows for head in range(heads)]
+    text = [run.tokenizer.decode([int(i)]) for i in tokens[:SHOWN_TOKENS]]
     pictures = {
         "depth_weights.png": Picture(
-            plot_depth_weights(found.depth_weights, labels, [*sublayers, "head"][:readers]),
+            plot_depth_weights(found.depth_weights.reshape(-1, sources), columns, each),
             f"What each sublayer reads of earlier outputs under `{m.residual}`, mean over a validation "
-            "batch. Blank: not there yet.",
-        )
+            f"batch{'; a row for each head' if heads > 1 else ''}. Blank: not there yet.",
+        ),
+        "token_weights.png": Picture(
+            plot_token_weights(found.token_weights[: len(text)], text, columns),
+            f"What the last reader, {rows[-1]}, reads at each token of a validation sequence.",
+        ),
     }
-    if found.head_weights is not None:
-        text = [run.tokenizer.decode([int(i)]) for i in tokens[:SHOWN_TOKENS]]
-        pictures["head_weights.png"] = Picture(
-            plot_token_weights(found.head_weights[: len(text)], text, labels),
-            "What the output head reads at each token of a validation sequence.",
-        )
     return sections | {"Depth attention": pictures}
 
 

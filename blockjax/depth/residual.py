@@ -12,13 +12,14 @@ import numpy as np
 from blockjax.arguments import parse_choice
 from blockjax.errors import UsageError
 
-_SIZES = dict(size=0, blocks=8)
+_EACH = dict(heads=1)
+_BLOCKS = dict(size=0, blocks=8, heads=1)
 RESIDUALS = {
     "prenorm": {},
-    "attn_res": {},
-    "block_attn_res": _SIZES,
-    "delta": {},
-    "delta_block": _SIZES,
+    "attn_res": _EACH,
+    "block_attn_res": _BLOCKS,
+    "delta": _EACH,
+    "delta_block": _BLOCKS,
 }
 
 
@@ -26,7 +27,7 @@ RESIDUALS = {
 class Residual:
     """How a sublayer reads what earlier ones wrote.
 
-    Sources are the embedding and, for each completed depth block, the sum of its sublayers' outputs.
+    Sources are the embedding and, for each completed depth block, what its sublayers added to the stream.
 
     - `prenorm`: reads the sum of everything so far (arXiv:2002.04745).
     - `attn_res`: reads a softmax mean of the sources and of the running sum of its own block
@@ -34,35 +35,44 @@ class Residual:
     - `delta`: reads the sum of everything so far plus a gate times a softmax mean of the sources
       (Delta Attention Residuals, arXiv:2605.18855).
 
+    With several heads each slice of the width has a softmax of its own (MHAR, arXiv:2607.27230).
+
     Attributes:
       rule: `prenorm`, `attn_res` or `delta`.
       sublayers: two a layer.
       size: sublayers of a depth block; the last block may be shorter.
+      heads: slices of the width that weigh sources on their own.
     """
 
     rule: str
     sublayers: int
     size: int
+    heads: int = 1
 
     @classmethod
     def parse(cls, text: str, sublayers: int) -> Residual:
-        """Reads `prenorm`, `attn_res`, `delta`, `block_attn_res:size=8`, `delta_block:blocks=4`.
+        """Reads `prenorm`, `attn_res`, `delta:heads=4`, `block_attn_res:size=8`, `delta_block:blocks=4`.
 
         `size` counts sublayers; without it there are `blocks` blocks, all but the last of equal size.
 
         Raises:
-          UsageError: an unknown rule or option, or a size that is not positive.
+          UsageError: an unknown rule or option, or a number that is not positive.
         """
         kind, options = parse_choice(text, RESIDUALS, name="model.residual")
+        if kind == "prenorm":
+            return cls(kind, sublayers, sublayers)
+        if options.heads < 1:
+            raise UsageError(f"model.residual={text}: heads={options.heads} must be at least 1.")
         if "block" not in kind:
-            return cls(kind, sublayers, sublayers if kind == "prenorm" else 1)
+            return cls(kind, sublayers, 1, options.heads)
         if options.size < 0 or options.blocks < 1:
             raise UsageError(
                 f"model.residual={text}: size={options.size} sublayers, or blocks={options.blocks}, "
                 "must be at least 1."
             )
         rule = "attn_res" if kind == "block_attn_res" else "delta"
-        return cls(rule, sublayers, min(options.size or -(-sublayers // options.blocks), sublayers))
+        size = min(options.size or -(-sublayers // options.blocks), sublayers)
+        return cls(rule, sublayers, size, options.heads)
 
     @property
     def blocks(self) -> int:

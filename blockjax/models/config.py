@@ -113,7 +113,11 @@ class TransformerConfig:
                 "keep one: pattern='full' or locality=''."
             )
         self.local_rule.table(self.depth)
-        _ = self.residual_rule
+        if self.width % self.residual_rule.heads:
+            raise UsageError(
+                f"model.residual={self.residual}: model.width={self.width} does not divide into "
+                f"{self.residual_rule.heads} heads; change one of them."
+            )
 
     @property
     def period(self) -> tuple[LayerSpec, ...]:

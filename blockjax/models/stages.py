@@ -8,12 +8,15 @@ sublayers. What differs inside a scan, such as a window, is scanned along with t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import Stream
 from blockjax.errors import UsageError
@@ -21,6 +24,9 @@ from blockjax.masks.predicates import is_concrete, same
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec, unstack
 from blockjax.parallel.mesh import constrain
+
+CARRY = "carry"
+"""Name, for checkpoint policies, of the running sum with which a step of a scan starts."""
 
 
 class Stage(NamedTuple):
@@ -83,55 +89,108 @@ def run(
     stages = plan(config, table)
     graph, stacked = nnx.split(model.periods)
     pieces, found = _cut(stages, config, stacked), []
+    size = stream.residual.size
+    stream.scanned = frozenset(2 * stage.first // size for stage in stages if stage.repeats)
 
     def spec_of(layer: int) -> LayerSpec:
         return config.period[layer % period] if table is None else unstack(table, layer)
 
-    for stage in stages:
-        first, layers = stage.first, stage.repeats * period or 1
+    for group in _groups(stages, stream):
+        stage, first = group[0], group[0].first
+        layers = stage.repeats * period or len(group)
+        stream.begin(2 * first)
+        whole = stream.covers(2 * first, 2 * (first + layers))
+        # Of a whole depth block, what its layers read of completed ones may be recomputed, too.
+        outer = remat if whole else lambda f: f
         if stage.repeats:
             columns = None
             if table is not None and config.stack != "bucket":
                 shape = (stage.repeats, period)
                 columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
-            reads = stream.reads(2 * first, 2 * (first + layers))
-            reads = jax.tree.map(lambda a: a.reshape(stage.repeats, period, 2, *a.shape[1:]), reads)  # noqa: B023
             specs = [spec_of(first + i) for i in range(period)]
-            body = remat(functools.partial(_period, graph, specs, stream, rope, attend))
-            stream.partial, (weights, seen) = jax.lax.scan(
-                body, stream.partial, (pieces[stage], columns, reads)
-            )
-            weights, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (weights, seen))
-            stream.note(2 * first, weights)
+            body = functools.partial(_period, remat, (graph, specs, stream, rope, attend))
+            scan = functools.partial(_scan, body, stage, period, stream)
+            stream.partial, (own, seen) = outer(scan)(stream.carry(), pieces[stage], columns)
+            own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
+            stream.note(own)
         else:
-            slot, blocks = f"slot_{first % period}", model.tail
-            if stage in pieces:
-                blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[stage]))
-            seen = []
-            layer = blocks[slot].sublayers(rope, attend(spec_of(first), seen))
-            run_layer(stream, first, [remat(sublayer) for sublayer in layer])
+            seen, sublayers = [], []
+            for i in range(first, first + layers):
+                blocks = model.tail
+                if Stage(i, 0) in pieces:
+                    blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[Stage(i, 0)]))
+                sublayers.append(blocks[f"slot_{i % period}"].sublayers(rope, attend(spec_of(i), seen)))
+            stream.partial = outer(functools.partial(_unrolled, stream, first, sublayers, remat))(
+                stream.partial
+            )
             seen = _stack(seen)
         found.append(seen)
     return found
 
 
-def run_layer(stream: Stream, layer: int, sublayers) -> None:
+def run_layer(stream: Stream, layer: int, sublayers, remat: Callable[[Callable], Callable] = lambda f: f):
     """Sends the stream through one layer."""
-    for i, sublayer in enumerate(sublayers):
-        stream.write(constrain(sublayer(stream.read(2 * layer + i)), ("batch", "time", None)))
+    for i, sublayer in enumerate(sublayers, 2 * layer):
+        reads = stream.row(i)
+        step = remat(functools.partial(_sublayer, stream, sublayer, stream.residual.starts(i)))
+        partial, output, logit = step(checkpoint_name(stream.partial, CARRY), reads)
+        stream.write(partial, output)
+        stream.partial = constrain(stream.partial, ("batch", "time", None))
+        stream.note(_stack([logit]))
 
 
-def _period(graph, specs, stream: Stream, rope, attend, partial, xs):
-    """One step of a scan: the new running sum, and the depth weights and findings of its layers."""
-    params, columns, reads = xs
-    blocks, weights, seen = nnx.merge(graph, params), [], []
+def _groups(stages: list[Stage], stream: Stream) -> Iterator[list[Stage]]:
+    """The stages in order; those that make up a depth block of layers on their own together."""
+    group = []
+    for stage in stages:
+        group.append(stage)
+        start, stop = 2 * group[0].first, stream.residual.end(2 * stage.first)
+        alone = stream.residual.readers and start // stream.residual.size not in stream.scanned
+        if not (alone and stream.covers(start, stop) and stop % 2 == 0 and 2 * stage.first + 2 < stop):
+            yield group
+            group = []
+
+
+def _unrolled(stream: Stream, first: int, layers: list, remat, partial):
+    """The running sum after layers, one after the other, each as its sublayers."""
+    stream.partial = partial
+    for layer, sublayers in enumerate(layers, first):
+        run_layer(stream, layer, sublayers, remat)
+    return stream.partial
+
+
+def _scan(body, stage: Stage, period: int, stream: Stream, partial, params, columns):
+    """All layers of a stage: the new running sum, and what `_period` says of each period."""
+    start, count = 2 * stage.first, (stage.repeats, period, 2)
+    reads = stream.reads(start, start + math.prod(count))
+    reads = jax.tree.map(lambda a: a.reshape(*count, *a.shape[1:]), reads)
+    first = np.arange(stage.repeats) == 0 if stream.residual.starts(start) else None
+    return jax.lax.scan(body, partial, (params, columns, reads, first))
+
+
+def _period(remat, layers, partial, xs):
+    """One step of a scan: the new running sum, and the logits of sums and the findings of its layers."""
+    return remat(functools.partial(_layers, *layers))(checkpoint_name(partial, CARRY), xs)
+
+
+def _layers(graph, specs, stream: Stream, rope, attend, partial, xs):
+    params, columns, reads, first = xs
+    blocks, logits, seen = nnx.merge(graph, params), [], []
     for i in range(len(blocks)):
         spec = specs[i] if columns is None else jax.tree.map(lambda a: a[i], columns)  # noqa: B023
         for j, sublayer in enumerate(blocks[f"slot_{i}"].sublayers(rope, attend(spec, seen))):
-            h, w = stream.combine(partial, jax.tree.map(lambda a: a[i, j], reads))  # noqa: B023
-            partial = constrain(partial + sublayer(h), ("batch", "time", None))
-            weights.append(w)
-    return partial, (_stack(weights), _stack(seen))
+            row = None if reads is None else reads.row(i, j)
+            starts = first is not None and (i, j) == (0, 0)
+            partial, output, logit = _sublayer(stream, sublayer, first if starts else False, partial, row)
+            partial = constrain(partial + output, ("batch", "time", None))
+            logits.append(logit)
+    return partial, (_stack(logits) if stream.record else None, _stack(seen))
+
+
+def _sublayer(stream: Stream, sublayer, first: bool | jax.Array, partial, reads):
+    """The running sum that a sublayer sees, what it adds, and the logit of the sum."""
+    partial, x, logit = stream.join(partial, reads, sublayer.norm, first)
+    return partial, sublayer.run(x), logit
 
 
 def _stack(parts: list):

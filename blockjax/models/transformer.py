@@ -24,7 +24,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import DepthQueries, Stream
-from blockjax.depth.stream import weight_table
 from blockjax.errors import UsageError, nearest
 from blockjax.kernels.block_sparse_attention import RESIDUAL
 from blockjax.models import stages
@@ -35,7 +34,6 @@ from blockjax.parallel.layouts import Layout
 from blockjax.parallel.mesh import constrain, cut, mesh_axis, parts
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
-Sublayer = Callable[[jax.Array], jax.Array]  # [B, T, M] -> [B, T, M]
 Probe = Callable[[jax.Array, jax.Array, LayerSpec, jax.Array | None], Any]
 
 MATMUL_INPUT = "matmul_input"
@@ -50,12 +48,14 @@ def _keep(*names: str) -> Callable:
 
 
 # What the backward of a period keeps: everything, the inputs, or also what attention works on and what
-# matmuls result in, or read, too.
+# matmuls result in, or read, too. Of a whole depth block it keeps the inputs of all its periods.
 REMAT: dict[str, Callable] = {
     "none": lambda step: step,
-    "full": jax.checkpoint,
-    "dots": _keep(RESIDUAL),
-    "matmuls": _keep(RESIDUAL, MATMUL_INPUT),
+    "full": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(stages.CARRY)
+    ),
+    "dots": _keep(stages.CARRY, RESIDUAL),
+    "matmuls": _keep(stages.CARRY, RESIDUAL, MATMUL_INPUT),
 }
 
 
@@ -77,9 +77,11 @@ class RMSNorm(nnx.Module):
         self.gain = nnx.Param(jnp.ones(size, jnp.float32), axes=("gain",))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, eps: float | None = None) -> jax.Array:
+        """x [..., size] -> the same; `eps` replaces the norm's own."""
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        eps = self.eps if eps is None else eps
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
         return (y * self.gain[...]).astype(x.dtype)
 
 
@@ -142,6 +144,13 @@ class SwiGLU(nnx.Module):
         return jnp.einsum("BTF,FM->BTM", product, self.down[...].astype(x.dtype))
 
 
+class Sublayer(NamedTuple):
+    """An attention or an MLP: [B, T, M] from the norm of what the residual stream gives -> [B, T, M]."""
+
+    norm: RMSNorm
+    run: Callable[[jax.Array], jax.Array]
+
+
 class Block(nnx.Module):
     """One layer: two sublayers, attention and MLP, each behind a norm."""
 
@@ -152,11 +161,15 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def sublayers(self, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[Sublayer, Sublayer]:
-        """What the layer adds to the residual stream, as functions of what it reads from it."""
-        return (
-            lambda h: self.attention(checkpoint_name(self.attention_norm(h), MATMUL_INPUT), rope, attend),
-            lambda h: self.mlp(checkpoint_name(self.mlp_norm(h), MATMUL_INPUT)),
-        )
+        """What the layer adds to the residual stream."""
+
+        def attention(x: jax.Array) -> jax.Array:
+            return self.attention(checkpoint_name(x, MATMUL_INPUT), rope, attend)
+
+        def mlp(x: jax.Array) -> jax.Array:
+            return self.mlp(checkpoint_name(x, MATMUL_INPUT))
+
+        return Sublayer(self.attention_norm, attention), Sublayer(self.mlp_norm, mlp)
 
 
 class Inspection(NamedTuple):
@@ -164,7 +177,7 @@ class Inspection(NamedTuple):
 
     Attributes:
       probes: what the probe returned, each leaf with the layers, [L, ...], in front; None without one.
-      depth_weights: [readers, sources, B, T] float32, see `depth.stream.weight_table`; None under `prenorm`.
+      depth_weights: [readers, sources, B, T, heads] float32, see `Stream.weights`; None under `prenorm`.
     """
 
     probes: Any
@@ -276,12 +289,11 @@ class Transformer(nnx.Module):
         remat = REMAT["none" if record else self.config.remat]
         rope, table = self.rope(lay(positions)), self.config.table(locality)
         seen = stages.run(self, stream, rope, attend, table, remat)
-        hidden = self.final_norm(stream.output())
+        hidden = stream.output(self.final_norm)
         if not record:
             return hidden, None
         probes = None if probe is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
-        weights = weight_table(stream.weights, stream.residual) if stream.weights else None
-        return hidden, Inspection(probes, weights)
+        return hidden, Inspection(probes, stream.weights())
 
     def run_layers(
         self,
@@ -298,7 +310,7 @@ class Transformer(nnx.Module):
         stream = self.stream(x)
         for i, ((block, _), attend) in enumerate(zip(layers, attends, strict=True)):
             stages.run_layer(stream, i, block.sublayers(rope, attend))
-        return self.final_norm(stream.output())
+        return stream.output(self.final_norm)
 
     def stream(self, x: jax.Array, record: bool = False) -> Stream:
         """The residual stream that starts with the embedding x [B, T, M]."""

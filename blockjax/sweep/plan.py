@@ -7,7 +7,7 @@ A config file says beside `get_config` which settings to compare, each over some
             add(f"window-{window}", {"model.pattern": f"{window}*3,full"}, seeds=range(3))
         add("full", {"model.pattern": "full"}, seeds=range(3))
 
-The first one is what the others are compared to.
+Each is compared to the first one, or to the one that `against` names.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Plan:
       spec: config file, with an optional argument after `:`.
       folder: of the sweep, on disk or gs://; run folders lie in it.
       common: what the command line sets for all runs, by dotted key.
-      settings: what each setting sets, by dotted key; the first is what others are compared to.
+      settings: what each setting sets, by dotted key.
+      bases: the setting that each one is compared to; an own name for those that others are compared to.
       runs: setting by setting.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     folder: str
     common: Mapping[str, Value]
     settings: Mapping[str, Mapping[str, Value]]
+    bases: Mapping[str, str]
     runs: tuple[PlannedRun, ...]
 
     def path(self, run: PlannedRun) -> str:
@@ -115,8 +117,9 @@ def as_text(value: Value) -> str:
 def collect(spec: str, folder: str, config: ConfigDict) -> Plan:
     """Calls `sweep(add, config)` of a config file and checks every run that it asks for.
 
-    `add(setting, overrides, seeds=(0,))` adds one run for each seed: `setting` is its name, of lower-case
-    letters, digits, `-` and `.`, `overrides` the config keys that it sets, such as `{"model.depth": 6}`.
+    `add(setting, overrides, seeds=(0,), against=None)` adds one run for each seed: `setting` is its name, of
+    lower-case letters, digits, `-` and `.`, `overrides` the config keys that it sets, such as
+    `{"model.depth": 6}`, `against` the setting that it is compared to, the first one if there is no other.
     `config` is what the runs have in common.
 
     Args:
@@ -136,13 +139,24 @@ def collect(spec: str, folder: str, config: ConfigDict) -> Plan:
     if "seed" in common:
         raise UsageError(f"--config.seed={common['seed']}: a sweep sets the seeds itself; leave it out.")
     settings: dict[str, dict[str, Value]] = {}
+    bases: dict[str, str] = {}
     runs: list[PlannedRun] = []
 
     def add(
-        setting: str, overrides: Mapping[str, Value] | None = None, *, seeds: Iterable[int] = (0,)
+        setting: str,
+        overrides: Mapping[str, Value] | None = None,
+        *,
+        seeds: Iterable[int] = (0,),
+        against: str | None = None,
     ) -> None:
         seeds = list(seeds)
         _check_setting(setting, settings, seeds)
+        bases[setting] = next(iter(settings), setting) if against is None else against
+        if bases[setting] not in (setting, *settings):
+            raise UsageError(
+                f"Setting {setting!r}: against={against!r} is no setting that was added before."
+                f"{nearest(against, settings)}"
+            )
         settings[setting] = own = _typed(setting, overrides or {}, now, common)
         for seed in seeds:
             values = {**common, **own, "seed": seed}
@@ -159,7 +173,7 @@ def collect(spec: str, folder: str, config: ConfigDict) -> Plan:
     if not runs:
         raise UsageError(f"sweep(add, config) in {file} adds no runs; call add(name, overrides, seeds=...).")
     _check_distinct(runs)
-    return Plan(spec, folder.rstrip("/"), common, settings, tuple(runs))
+    return Plan(spec, folder.rstrip("/"), common, settings, bases, tuple(runs))
 
 
 def _call(file: str, add: Callable, config: ConfigDict) -> None:

@@ -47,7 +47,8 @@ class Row:
       asked: runs planned.
       bits: final validation bits per byte of the finished runs, by seed.
       over_seeds: their spread; None before the first is finished.
-      difference: to the first setting, seed by seed; None of the first and without a common seed.
+      base: the setting that it is compared to; its own name: none.
+      difference: to the base, seed by seed; None without one and without a common seed.
       tokens_per_second: median over all steps of all runs.
     """
 
@@ -55,22 +56,23 @@ class Row:
     asked: int
     bits: dict[int, float]
     over_seeds: Spread | None
+    base: str
     difference: Spread | None
     tokens_per_second: float | None
 
 
 def summarise(plan: Plan, states: Mapping[str, RunState]) -> list[Row]:
     """A row for each setting, in the order of the config file."""
-    rows: list[Row] = []
-    for setting in plan.settings:
+    rows: dict[str, Row] = {}
+    for setting, base in plan.bases.items():
         runs = [run for run in plan.runs if run.setting == setting]
         bits = {run.seed: states[run.name].bits for run in runs if states[run.name].finished}
         speeds = [x for run in runs for x in series(states[run.name].lines, "train/tokens_per_second")[1]]
-        first = rows[0].bits if rows else {}
-        paired = [value - first[seed] for seed, value in bits.items() if seed in first]
+        other = {} if base == setting else rows[base].bits
+        paired = [value - other[seed] for seed, value in bits.items() if seed in other]
         median = statistics.median(speeds) if speeds else None
-        rows.append(Row(setting, len(runs), bits, spread(bits.values()), spread(paired), median))
-    return rows
+        rows[setting] = Row(setting, len(runs), bits, spread(bits.values()), base, spread(paired), median)
+    return list(rows.values())
 
 
 def spread(values) -> Spread | None:
@@ -118,12 +120,13 @@ EXPLANATION = """\
 Validation after the last step: mean over seeds, sample standard deviation, least and greatest. The difference
 is taken seed by seed, with the standard deviation of the differences. Tokens/s is the median over steps."""
 
-COLUMNS = ("setting", "runs", "bits per byte", "s.d.", "min .. max", "to {first}", "tokens/s")
+COLUMNS = ("setting", "runs", "bits per byte", "s.d.", "min .. max", "to {base}", "tokens/s")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
     """The table in words: a head and a line for each setting."""
-    lines = [[column.format(first=rows[0].setting) for column in COLUMNS]]
+    bases = {row.base for row in rows}
+    lines = [[column.format(base=rows[0].base if len(bases) == 1 else "its base") for column in COLUMNS]]
     for row in rows:
         s, d = row.over_seeds, row.difference
         lines.append(
@@ -133,7 +136,9 @@ def cells(rows: list[Row]) -> list[list[str]]:
                 f"{s.mean:.4f}" if s else "-",
                 f"{s.deviation:.4f}" if s and s.deviation is not None else "-",
                 f"{s.low:.4f} .. {s.high:.4f}" if s and s.seeds > 1 else "-",
-                _difference(d) + (f" ({d.seeds} of {s.seeds})" if d and d.seeds < s.seeds else ""),
+                _difference(d)
+                + (f" ({d.seeds} of {s.seeds})" if d and d.seeds < s.seeds else "")
+                + (f" to {row.base}" if d and len(bases) > 1 else ""),
                 f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
             ]
         )

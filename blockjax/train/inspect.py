@@ -22,13 +22,17 @@ class Findings(NamedTuple):
 
     Attributes:
       attention: each [L, N] float32.
-      depth_weights: [readers, sources] float32, mean over tokens; None under `prenorm`.
-      head_weights: [T, sources] float32, the output head's of the first sequence; None without them.
+      depth_weights: [readers, heads, sources] float32, mean over tokens; None under `prenorm`.
+      depth_entropy: [readers] float32, of the weights at each token in bits, mean over tokens and heads;
+        None under `prenorm`.
+      token_weights: [T, sources] float32 of the last reader, mean over heads, for each token of the first
+        sequence; None under `prenorm`.
     """
 
     attention: AttentionStatistics
-    depth_weights: jax.Array | None
-    head_weights: jax.Array | None
+    depth_weights: jax.Array | None = None
+    depth_entropy: jax.Array | None = None
+    token_weights: jax.Array | None = None
 
 
 def make_inspect_step(
@@ -64,24 +68,27 @@ def make_inspect_step(
         found = model.inspect(batch["tokens"], **context(batch), locality=dial(step), probe=probe)
         weights = found.depth_weights
         if weights is None:
-            return Findings(found.probes, None, None)
-        mean = jnp.mean(weights, axis=(2, 3), where=documents >= 0)
-        head = weights[-1, :, 0].T if config.residual_rule.rule == "attn_res" else None
-        return Findings(found.probes, mean, head)
+            return Findings(found.probes)
+        real = (documents >= 0)[..., None]
+        mean = jnp.mean(weights, axis=(2, 3), where=real)
+        bits = jnp.nansum(jax.scipy.special.entr(weights), axis=1) / jnp.log(2)
+        entropy = jnp.mean(bits, axis=(1, 2, 3), where=real)
+        return Findings(found.probes, mean.swapaxes(1, 2), entropy, jnp.mean(weights[-1, :, 0], axis=-1).T)
 
     return inspect
 
 
 def scalars(findings: Findings, residual: Residual) -> dict[str, float]:
-    """Findings as metrics: mean over heads per layer, and per sublayer the weight of two sources."""
+    """Findings as metrics: means over heads per layer; per sublayer two weights and the entropy."""
     values = {}
     for name, per_layer in findings.attention._asdict().items():
         for layer, heads in enumerate(np.asarray(per_layer)):
             values[f"attention/{name}/layer_{layer:02}"] = float(np.mean(heads))
     if findings.depth_weights is not None:
-        for reader, weights in enumerate(np.asarray(findings.depth_weights)):
+        for reader, weights in enumerate(np.asarray(findings.depth_weights).mean(1)):
             name = "head" if reader == residual.sublayers else f"sublayer_{reader:03}"
             there = weights[~np.isnan(weights)]
             values[f"depth/embedding_weight/{name}"] = float(there[0])
             values[f"depth/newest_weight/{name}"] = float(there[-1])
+            values[f"depth/entropy/{name}"] = float(findings.depth_entropy[reader])
     return values

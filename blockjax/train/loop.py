@@ -65,11 +65,12 @@ def train(
     display = Display(config.run.steps, quiet=quiet)
 
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder.checkpoints, config.run)) as checkpoints:
-        start = checkpoints.latest() or 0
+        latest = checkpoints.latest()  # 0 in a run that was made from another one
+        start = latest or 0
         display.say(describe(config, model_config, mesh, corpus, tokenizer))
-        display.say(f"Run {folder.path} {f'continues after step {start}' if start else 'starts'}.")
+        display.say(f"Run {folder.path} {'starts' if latest is None else f'continues after step {start}'}.")
         plan = plan_state(model_config, config, mesh)
-        state = checkpoints.restore(start, plan.abstract) if start else plan.make()
+        state = plan.make() if latest is None else checkpoints.restore(latest, plan.abstract)
         placement = batch_sharding(mesh)
         batches = data.Loader(order, placement, start, config.run.steps, prefetch=config.run.prefetch)
         dial, everywhere = make_dial(model_config, config.optimizer.locality_warmup), NamedSharding(mesh, P())

@@ -1,25 +1,23 @@
-"""How far each backend is from the oracle, at every head dim and in every family of tiles.
+"""Each backend against the oracle, at every head dim and in every family of tiles: `kernels/checking.py`."""
 
-The criterion, for each output and gradient: the error against the oracle in float32, by norm, is at most
-twice that of a peer which computes in the same dtype, plus 1e-5. Kernels are held to plain XLA, and XLA to
-the oracle itself.
-"""
-
+import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from blockjax.kernels.block_sparse_attention.api import DistanceBias, block_sparse_attention
-from blockjax.kernels.platforms import target
+from blockjax.kernels.checking import Result
+from blockjax.kernels.checking import measure as measure_call
 
 from blockjax.masks import BlockMask, Causal
 
 B, N, K = 2, 4, 2
 NAMES = "o", "lse", "dq", "dk", "dv", "dslope"
+LABELS = "head dims", "blocks"
+"""Of a case, see `Case.labels`."""
 
 
 class Family(NamedTuple):
@@ -78,21 +76,9 @@ class Case(NamedTuple):
     Hv: int
     family: Family
 
-
-@dataclass(frozen=True)
-class Result:
-    """Each error as a part of what is allowed; whether a second run was equal bit for bit."""
-
-    parts: dict[str, float]
-    repeats: bool
-
     @property
-    def wrong(self) -> list[str]:
-        return [name for name, part in self.parts.items() if not part <= 1]
-
-    @property
-    def passed(self) -> bool:
-        return self.repeats and not self.wrong
+    def labels(self) -> tuple[str, ...]:
+        return f"{self.H}" if self.Hv == self.H else f"{self.H}, {self.Hv}", str(self.family)
 
 
 def cases(implementation: str, quick: bool = False) -> list[Case]:
@@ -101,17 +87,8 @@ def cases(implementation: str, quick: bool = False) -> list[Case]:
 
 
 def measure(case: Case) -> Result:
-    """Runs the case, twice, its peer and the oracle."""
-    arrays = make(case)
-    attend = _compile(call(case, case.implementation), arrays)
-    first, second = (jax.device_get(attend(*arrays)) for _ in range(2))
-    repeats = all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
-
-    peer = _compile(call(case, CHECKED[case.implementation].peer), arrays)(*arrays)
-    arrays = widen(arrays)
-    exact = _compile(call(case, "reference"), arrays)(*arrays)
-    parts = map(part_of_allowed, first, peer, exact)
-    return Result(dict(zip(NAMES, parts, strict=False)), repeats)
+    peer = CHECKED[case.implementation].peer
+    return measure_call(functools.partial(call, case), case.implementation, peer, make(case), NAMES)
 
 
 def make(case: Case):
@@ -146,33 +123,3 @@ def call(case: Case, implementation: str) -> Callable:
         return *out, *(gradient for gradient in pullback(cotangents) if gradient is not None)
 
     return both
-
-
-def widen(tree):
-    """With bfloat16 and float16 as float32."""
-    narrow = jnp.bfloat16, jnp.float16
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.result_type(x) in narrow else x, tree)
-
-
-def part_of_allowed(ours, peer, exact) -> float:
-    """The error of `ours` as a part of twice its peer's plus 1e-5: at most 1 if it is close enough."""
-    return relative_error(ours, exact) / (2 * relative_error(peer, exact) + 1e-5)
-
-
-def relative_error(x, exact) -> float:
-    """`||x - exact|| / ||exact||` over what is finite; infinite if they differ in anything else."""
-    x, exact = (np.asarray(a, "float64") for a in (x, exact))
-    finite = np.isfinite(exact)
-    if not np.array_equal(x[~finite], exact[~finite]) or not np.isfinite(x[finite]).all():
-        return np.inf
-    x, exact = x[finite], exact[finite]
-    return float(np.linalg.norm(x - exact) / (np.linalg.norm(exact) or 1))
-
-
-def _compile(function: Callable, arrays) -> Callable:
-    (q, *_), _ = arrays
-    # Products of float32 would be rounded to less on GPUs and TPUs, and tuning them takes minutes.
-    precision = "highest" if q.dtype == jnp.float32 else None
-    flags = {"xla_gpu_autotune_level": 0} if target().platform == "gpu" else None
-    with jax.default_matmul_precision(precision):
-        return jax.jit(function).lower(*arrays).compile(flags)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blockjax.kernels.depth_mix import passes
 from flax import nnx
 
 from blockjax.generate import KVCache, decode, prefill
 from blockjax.generate.cache import cache_size
-from blockjax.generate.sampler import Sampling, Settings, _generate
+from blockjax.generate.sampler import Memory, Sampling, Settings, _generate
 from blockjax.models import Transformer
 from tests.models.tiny import random_model, tiny_config
 
@@ -27,16 +28,19 @@ CASES = {
     "tail": (dict(depth=3, pattern="4,full", soft_cap=2.0), [4, TOTAL, 4]),
     "windows": (dict(depth=3, pattern="16,24,64", kv_heads=4), [16, 24, TOTAL]),
     "beta": (
-        dict(depth=3, locality="beta:2,smallest=4", context=64, residual="block_attn_res:size=3"),
+        dict(depth=3, locality="beta:2,smallest=4", context=64, residual="block_attn_res:size=3,heads=2"),
         [TOTAL, 32, 4],
     ),
-    "fixed": (dict(locality="table:0.5/1,mode=segment,smallest=6", context=54, residual="delta"), [18, 6]),
+    "fixed": (
+        dict(locality="table:0.5/1,mode=segment,smallest=6", context=54, residual="delta:heads=4"),
+        [18, 6],
+    ),
     "lines": (
         dict(locality="constant:1,mode=segment,smallest=4,boundary=delimiter,delimiters=3/5"),
         [8, 8],
     ),
     "adaptive": (
-        dict(locality="table:0/1,mode=segment,smallest=4,boundary=adaptive", residual="attn_res"),
+        dict(locality="table:0/1,mode=segment,smallest=4,boundary=adaptive", residual="attn_res:heads=2"),
         [TOTAL, 8],
     ),
     "bias": (dict(locality="table:0/1,mode=bias,smallest=4", residual="delta_block:size=3"), [TOTAL, TOTAL]),
@@ -91,6 +95,28 @@ def test_cached_logits_are_the_uncached_ones(case):
             held = sorted(p for p in row if p >= 0)
             assert held == list(range(max(0, end - size), end))
             assert all(p % size == slot for slot, p in enumerate(row) if p >= 0)
+
+
+@pytest.mark.parametrize("residual", ["attn_res", "block_attn_res:size=3", "delta_block:size=4"])
+def test_a_token_is_mixed_in_one_launch_a_sublayer(residual, monkeypatch):
+    """And one for the output head: sources are read when a block starts, for its first sublayer too."""
+    model, launches = make(depth=4, residual=residual), []
+    for name in ("read", "join"):
+        op = getattr(passes, name)
+        count = lambda *args, name=name, op=op: launches.append(name) or op(*args)  # noqa: E731
+        monkeypatch.setattr(passes, name, count)
+    graph, params = nnx.split(model)
+
+    def step(params, tokens, memory):
+        model = nnx.merge(graph, params)
+        return decode(model, list(model.layers()), tokens, tokens, memory)
+
+    caches = [KVCache(*[jnp.zeros((1, 9, 2, 8))] * 2, jnp.full((1, 9), -1), None)] * 4
+    jax.eval_shape(step, params, jnp.zeros(1, jnp.int32), Memory(caches, None))
+    rule = model.config.residual_rule
+    head = rule.rule == "attn_res"
+    assert launches.count("read") == rule.blocks + head
+    assert len(launches) == (rule.sublayers + 1 if head else rule.blocks)
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 9])

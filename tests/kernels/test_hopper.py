@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blockjax.kernels.block_sparse_attention import DistanceBias, api, block_sparse_attention, check, hopper
+from blockjax.kernels import checking
+from blockjax.kernels.block_sparse_attention import DistanceBias, api, block_sparse_attention, hopper
 from blockjax.kernels.block_sparse_attention.hopper import schedule
 from blockjax.kernels.block_sparse_attention.spec import Spec
 from blockjax.kernels.platforms import Target
@@ -245,7 +246,7 @@ def waves(n):
 
 @pytest.mark.gpu
 class TestHopper(AttentionSuite):
-    """Against plain XLA in the same dtype: see `check.py` for the criterion."""
+    """Against plain XLA in the same dtype: see `checking.py` for the criterion."""
 
     implementation = "hopper"
     shapes: ClassVar = dict(H=64, Hv=64, dtype="bfloat16")
@@ -263,8 +264,8 @@ class TestHopper(AttentionSuite):
     def agree(self, f, *arrays, tolerance=None, expected=None):
         ours, peer = f(self.implementation, *arrays), f("xla", *arrays)
         with jax.default_matmul_precision("highest"):
-            exact = (expected or f)("reference", *check.widen(arrays))
-        parts = jax.tree.map(check.part_of_allowed, ours, peer, exact)
+            exact = (expected or f)("reference", *checking.widen(arrays))
+        parts = jax.tree.map(checking.part_of_allowed, ours, peer, exact)
         assert all(part <= 1 for part in jax.tree.leaves(parts)), parts
         return ours
 

@@ -79,6 +79,7 @@ REFUSED = {
     "def sweep(add, config): add('a', seeds=[])": ["seeds=[]", "range(3)"],
     "def sweep(add, config): add('a', seeds=[1, 1])": ["seeds=[1, 1]", "different"],
     "def sweep(add, config): add('a', seeds=[0.5])": ["seeds=[0.5]", "integers"],
+    "def sweep(add, config): add('a'); add('b', against='c')": ["'b'", "against='c'"],
     "def sweep(add, config): add('a', seeds=[-1])": ["'a'", "seed=-1"],
     "def sweep(add, config): add('a', {'seed': 3})": ["seed=3", "seeds=[3]"],
     "def sweep(add, config): add('a', {'model.dept': 3})": ["'a'", "'model.dept'", "'model.depth'"],

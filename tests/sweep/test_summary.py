@@ -1,5 +1,6 @@
 """Numbers worked out by hand, and words for what is missing."""
 
+import dataclasses
 import io
 import json
 import math
@@ -92,6 +93,17 @@ def test_differences_are_taken_over_common_seeds(plan, make_run):
     make_run("window-8-seed1", {12: 1.0})
     _, row = cells(summarise(plan, read_states(plan)))[1:]
     assert row[2] == "1.2500" and row[5] == "-0.5000 (1 of 2)"
+
+
+def test_settings_with_bases_of_their_own(plan, make_run):
+    for name, bits in (("full", 2.0), ("window-8", 1.5)):
+        make_run(f"{name}-seed0", {12: bits})
+    apart = dataclasses.replace(plan, bases={"full": "full", "window-8": "window-8"})
+    head, *rows = cells(summarise(apart, read_states(plan)))
+    assert head[5] == "to its base" and [row[5] for row in rows] == ["-", "-"]
+    crossed = dataclasses.replace(plan, bases={"window-8": "window-8", "full": "window-8"})
+    head, *rows = cells(summarise(crossed, read_states(plan)))
+    assert head[5] == "to window-8" and [row[5] for row in rows] == ["-", "+0.5000"]
 
 
 def test_a_run_that_diverged(plan, make_run, written):

@@ -23,7 +23,7 @@ def run(tiny, one_device, tmp_path_factory):
     """A run whose second half sees windows that narrow with depth."""
     config = tiny(run__steps=STEPS, run__inspect=True, run__eval_every=3, optimizer__locality_warmup=WARMUP)
     config.model.update(
-        depth=3, pattern="full", locality="beta:1,smallest=4", residual="block_attn_res:size=4"
+        depth=3, pattern="full", locality="beta:1,smallest=4", residual="block_attn_res:size=4,heads=2"
     )
     with one_device():
         return loop.train(config, str(tmp_path_factory.mktemp("inspected") / "run"), quiet=True)
@@ -48,6 +48,7 @@ def test_metrics_of_every_layer(run):
     for s in range(6):
         assert 0 < last[f"depth/embedding_weight/sublayer_{s:03}"] <= 1
     assert last["depth/newest_weight/sublayer_000"] == 1 > last["depth/newest_weight/head"] > 0
+    assert last["depth/entropy/sublayer_000"] == 0 < last["depth/entropy/head"] < np.log2(3)
 
 
 def test_locality_rises_with_the_steps(run):
@@ -66,9 +67,9 @@ def test_locality_rises_with_the_steps(run):
 
 def test_the_report_shows_them(run):
     text = report.write(run).read_text()
-    for name in ("locality.png", "depth_weights.png", "head_weights.png"):
+    for name in ("locality.png", "depth_weights.png", "token_weights.png"):
         assert f"]({name})" in text and (run.folder.local / "report" / name).stat().st_size > 5000
-    assert "Local keys: window 4." in text and "beta:1,smallest=4, block_attn_res:size=4" in text
+    assert "Local keys: window 4." in text and "beta:1,smallest=4, block_attn_res:size=4,heads=2" in text
 
 
 def test_a_warm_up_needs_a_locality(tiny):
@@ -78,8 +79,8 @@ def test_a_warm_up_needs_a_locality(tiny):
 
 def test_weights_add_to_one(run):
     found, tokens = report.look(run)
-    sums = np.nansum(found.depth_weights, axis=1)
-    np.testing.assert_allclose(sums, 1, rtol=1e-5)
-    assert found.depth_weights.shape == (7, 3) and found.head_weights.shape == (T, 3) and len(tokens) == T
+    np.testing.assert_allclose(np.nansum(found.depth_weights, axis=2), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.token_weights.sum(1), 1, rtol=1e-5)
+    assert found.depth_weights.shape == (7, 2, 3) and found.token_weights.shape == (T, 3) and len(tokens) == T
     assert all(np.shape(x) == (3, 2) for x in found.attention)
     assert json.loads((run.folder.local / "run.json").read_text())["config"]["model"]["residual"]

@@ -1,0 +1,206 @@
+"""`depth_mix` beside what a user would call instead, and beside the bytes that it has to move.
+
+    python -m blockjax.kernels.depth_mix.bench [--case NAME ...] [--json out.json]
+
+`mix` cases are one mix of n sources; they first check that outputs and gradients agree with each peer. The
+`stack` is the residual stream of a whole decoder under Block AttnRes, with sublayers that return what they
+are given. Times are medians over rounds in which all runners take turns, forward and forward + backward.
+`of copy` is the time that the bytes alone would take, at the speed of a large copy, as a part of the time:
+the arrays of M a token that a pass reads and writes, each once.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blockjax.kernels.block_sparse_attention.bench import interleaved
+from blockjax.kernels.depth_mix.api import depth_join, depth_mix, depth_read
+from blockjax.kernels.depth_mix.peers import PEERS, Runner, jax_runner, missing
+from blockjax.kernels.depth_mix.spec import Spec, floor_bytes
+from blockjax.kernels.platforms import target
+from rich.console import Console
+from rich.table import Table
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One mix of n sources [T, M]."""
+
+    T: int
+    M: int
+    n: int
+    dtype: str = "bfloat16"
+    peers: tuple[str, ...] = ("fla",)
+
+    def runners(self) -> dict[str, Runner]:
+        keys = iter(jax.random.split(jax.random.key(0), self.n + 2))
+        *sources, do = (
+            jax.random.normal(next(keys), (self.T, self.M), self.dtype) for _ in range(self.n + 1)
+        )
+        query = (jax.random.normal(next(keys), (self.M,)) / self.M**0.5).astype(self.dtype)
+        runners = {"ours": jax_runner(depth_mix, do, tuple(sources), query)}
+        for name in self.peers:
+            if (reason := missing(name)) is not None:
+                print(f"{name} is left out: {reason}")
+                continue
+            peer = PEERS[name](tuple(sources), query, do)
+            self.check(name, runners["ours"], peer)
+            runners[name] = peer
+        return runners
+
+    def check(self, name: str, ours: Runner, peer: Runner) -> None:
+        """Raises if op and peer do not compute the same: their times would mean nothing."""
+        tolerance = 1e-3 if self.dtype == "float32" else 2e-2
+        for i, (a, b) in enumerate(zip(ours.arrays(ours.both()), peer.arrays(peer.both()), strict=True)):
+            error = np.linalg.norm(a - b) / np.linalg.norm(b)
+            if not error <= tolerance:
+                raise AssertionError(f"{self}: output {i} differs from that of {name} by {error:.1e}.")
+
+    def bytes(self) -> tuple[int, int]:
+        sizes = dict(tokens=self.T, M=self.M, heads=1)
+        forward, backward = floor_bytes(Spec(target(), jnp.dtype(self.dtype), "read", self.n, 1, **sizes))
+        return forward, forward + backward
+
+
+@dataclass(frozen=True)
+class Stack:
+    """L sublayers in depth blocks of `size`, with x [T, M], and the mix that an output head reads."""
+
+    T: int
+    M: int
+    L: int
+    size: int
+    dtype: str = "bfloat16"
+
+    def runners(self) -> dict[str, Runner]:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, do = (jax.random.normal(key, (self.T, self.M), self.dtype) for key in keys[:2])
+        queries = jax.random.normal(keys[2], (self.L + 1, self.M)) / self.M**0.5
+        return {"ours": jax_runner(self.run, do, x, queries, jnp.ones((self.L, self.M)))}
+
+    def run(self, x, queries, gains):
+        sources = [x]
+        for start in range(0, self.L, self.size):
+            stop = min(start + self.size, self.L)
+            read = depth_read(sources, queries[start:stop], unstacked=True)
+            partial = update = None
+            for i in range(start, stop):
+                o, lse = read.o[i - start], read.lse[i - start]
+                if update is None:
+                    update = _rms_norm(o, gains[i])
+                    continue
+                if partial is None:
+                    partial, update = update, None
+                partial, update, _ = depth_join(partial, update, o, lse, queries[i], norm_gain=gains[i])
+            sources.append(update if partial is None else partial + update)
+        return depth_mix(sources, queries[-1])
+
+    def bytes(self) -> tuple[int, int]:
+        """Reads, joins, the norm of each block's first sublayer and the sum at its end; the gradient of a
+        source, of which each of its readers forms a part, is read once more by all but the first."""
+        forward, backward = 0, 0
+        blocks = -(-self.L // self.size)
+        for b in range(blocks):
+            sublayers = min(self.size, self.L - b * self.size)
+            # Of one source, what is read is the source itself.
+            ops = [("read", b + 1, sublayers, False), *[("join", 1, 1, i > 0) for i in range(sublayers - 1)]]
+            for op, n, R, update in [*ops]:
+                f, g = self._floor(op, n, R, update)
+                forward += f - (R * self._tensor if n == 1 and op == "read" else 0)
+                backward += g
+            forward += (2 + 3 * (sublayers > 1)) * self._tensor
+            backward += 3 * self._tensor
+        f, g = self._floor("read", blocks + 1, 1, False)
+        summed = blocks * (blocks + 1) // 2 * self._tensor
+        return forward + f, forward + f + backward + g + summed
+
+    @property
+    def _tensor(self) -> int:
+        return self.T * self.M * jnp.dtype(self.dtype).itemsize
+
+    def _floor(self, op, n, R, update):
+        sizes = dict(tokens=self.T, M=self.M, heads=1, update=update)
+        return floor_bytes(Spec(target(), jnp.dtype(self.dtype), op, n, R, **sizes))
+
+
+def _rms_norm(h, gain):
+    wide = h.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + EPS) * gain).astype(h.dtype)
+
+
+CASES = {
+    "cpu": {
+        "mix": Mix(T=2048, M=1024, n=8, dtype="float32", peers=("xla",)),
+        "stack": Stack(T=1024, M=512, L=16, size=4, dtype="float32"),
+    },
+    "gpu": {
+        "mix-8": Mix(T=16384, M=4096, n=8),
+        "mix-16": Mix(T=16384, M=4096, n=16),
+        "mix-narrow": Mix(T=65536, M=2048, n=8),
+        "stack": Stack(T=65536, M=2048, L=32, size=8),
+    },
+}
+"""By platform; a TPU has those of a CPU."""
+
+
+def copy_bandwidth(platform: str, rounds: int, calls: int) -> float:
+    """Bytes a second of a large elementwise pass, counting what it reads and what it writes."""
+    x = jnp.ones((1 << 30 if platform == "gpu" else 1 << 26) // 4, jnp.float32)
+    run = jax.jit(lambda x: x + 1)
+    (ms,) = interleaved([(lambda: run(x), jax.block_until_ready)], rounds, calls)
+    return 2 * x.nbytes / ms * 1e3
+
+
+def measure(case, bandwidth: float, rounds: int, calls: int) -> dict:
+    """Milliseconds of op and peers, and the milliseconds that the bytes alone would take."""
+    runners = case.runners()
+    forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
+    both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
+    fwd, fwd_bwd = (1e3 * count / bandwidth for count in case.bytes())
+    runs = {name: dict(fwd_ms=f, fwd_bwd_ms=b) for name, f, b in zip(runners, forward, both, strict=True)}
+    return dict(floor=dict(fwd_ms=fwd, fwd_bwd_ms=fwd_bwd), runs=runs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Peers of other frameworks need memory too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platform, device = target()
+    cases = CASES.get(platform, CASES["cpu"])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1 if platform == "cpu" else 8, help="a round")
+    args = parser.parse_args(argv)
+
+    console = Console()
+    bandwidth = copy_bandwidth(platform, args.rounds, args.calls)
+    table = Table(title=f"depth_mix on {device}, copy {bandwidth / 1e12:.3g} TB/s: milliseconds")
+    for column in ("case", "", "fwd", "of copy", "x", "fwd+bwd", "of copy", "x"):
+        table.add_column(column, justify="right" if column not in ("case", "") else "left")
+    results = {}
+    for name in args.case:
+        with console.status(name):
+            r = results[name] = measure(cases[name], bandwidth, args.rounds, args.calls)
+        ours, floor = r["runs"]["ours"], r["floor"]
+        for who, run in r["runs"].items():
+            cells = []
+            for way in ("fwd_ms", "fwd_bwd_ms"):
+                ratio = "" if who == "ours" else f"{run[way] / ours[way]:.2f}"
+                cells += [f"{run[way]:.3f}", f"{100 * floor[way] / run[way]:.0f} %", ratio]
+            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
+    console.print(table)
+    if args.json:
+        described = {name: {**vars(cases[name]), **r} for name, r in results.items()}
+        with open(args.json, "w") as file:
+            json.dump({"device": device, "bytes_a_second": bandwidth, "cases": described}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
