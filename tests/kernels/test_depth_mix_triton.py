@@ -114,7 +114,7 @@ def test_compiles_without_a_gpu(monkeypatch, capability):
 
     shared = {}
 
-    def compile_only(kernel, inputs, outputs, sizes, aliases=None):
+    def compile_only(kernel, inputs, outputs, sizes):
         arrays = (*inputs, *outputs)
         lengths = tuple(len(x) if isinstance(x, tuple) else None for x in arrays)
         function, leaves = calls.flattened(kernel, lengths), jax.tree.leaves(arrays)

@@ -122,12 +122,12 @@ def join_forward(inputs: JoinInputs, options: JoinOptions):
     scalars = np.float32(options.eps), np.float32(options.norm_eps)
     inputs = rows, added, _rows(o), lse, query, norm_gain, *scalars
     row = _array(partial.dtype, T, M)
-    outputs = row, row, _wide(T, heads), _wide(T), _wide(T)
-    # Without an update the running sum stays where it is, but for tokens that have none.
-    aliases = {} if added else {0: 0}
+    total = (row,) if added or options.first else ()
+    outputs = total, row, _wide(T, heads), _wide(T), _wide(T)
     sizes = plan.join_forward(rows, options)
-    total, x, logit, *norms = _call("join_forward", inputs, outputs, sizes, aliases)
-    return Join(total.reshape(shape), x.reshape(shape), logit.reshape(lse.shape)), tuple(norms)
+    total, x, logit, *norms = _call("join_forward", inputs, outputs, sizes)
+    total = total[0].reshape(shape) if total else partial
+    return Join(total, x.reshape(shape), logit.reshape(lse.shape)), tuple(norms)
 
 
 def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: JoinOptions) -> JoinInputs:

@@ -8,13 +8,12 @@ import triton.language as tl
 from blockjax.kernels.depth_mix.triton.plan import Sizes
 
 
-def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes, aliases: dict[int, int] | None = None):
+def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes):
     """Runs a kernel whose parameters are `inputs`, `outputs` and `sizes`.
 
     Args:
       inputs: arrays, tuples of arrays, and np.float32 scalars.
       outputs: a `ShapeDtypeStruct`, or a tuple of them, for each.
-      aliases: which outputs begin as which inputs, by place among the arrays.
 
     Returns:
       Arrays like `outputs`.
@@ -29,7 +28,6 @@ def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes, aliases: dict[int,
         out_shape=flat,
         grid=sizes.grid,
         num_warps=sizes.warps,
-        input_output_aliases=aliases,
         S=sizes,
     )
     return jax.tree.unflatten(tree, arrays)

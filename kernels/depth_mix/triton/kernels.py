@@ -318,7 +318,7 @@ def source_gradients(sources, queries, dmeans, weights, scaled, back, gradients,
 def join_forward(
     partial, update, o, lse, query, norm_gain, eps, norm_eps, total, x, logits, norms, rms, S: tl.constexpr
 ):
-    """`update` is an empty tuple where there is none; `total` is then `partial` itself."""
+    """`update` is an empty tuple where there is none, `total` where the running sum stays as it is."""
     w, gain = _load(query, 0, S), _load(norm_gain, 0, S)
     for token in tl.range(tl.program_id(0), S.T, S.programs, num_stages=S.stages):
         row = tl.cast(token, tl.int64)
@@ -328,8 +328,8 @@ def join_forward(
             s = (_wide(s) + _wide(_load(update[0], row, S))).to(s.dtype)
         absent = z == float("inf")
         s = tl.where(absent, 0.0, _wide(s))
-        if len(update) > 0 or tl.max(absent.to(tl.int32)) > 0:
-            _store(total, row, s, S)
+        if len(total) > 0:
+            _store(total[0], row, s, S)
         square, product = _sums((s * s, s * w))
         norm = _rms(square, eps, S)
         logit = norm * product
