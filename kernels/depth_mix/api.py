@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float
 
 from blockjax.errors import UsageError
 
-BACKENDS = {"triton": triton, "tpu": tpu, "xla": xla, "reference": reference}
-"""Fastest first: `implementation=None` takes the first that supports the call."""
+BACKENDS = {"tpu": tpu, "xla": xla, "triton": triton, "reference": reference}
+"""Fastest first: `implementation=None` takes the first that supports the call. Triton only serves by name: of its
+backward of several queries the newest form was interpreted and compiled, but has not run on a GPU."""
 
 
 def depth_mix(
