@@ -6,9 +6,6 @@ another project on PyPI.
 
 from setuptools import find_packages, setup
 
-# The versions that were measured together; later ones of either need others of the other.
-TRITON = ["jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.7"]
-
 KERNELS = ["blockjax.kernels", *(f"blockjax.kernels.{p}" for p in find_packages("kernels"))]
 
 setup(
@@ -42,7 +39,8 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.11.2,<0.13", *TRITON],
+        # jax-triton and Triton as they were measured together; later ones of either need others of the other.
+        "cuda": ["jax[cuda13]>=0.11.2,<0.13", "jax-triton>=0.3.1,<0.4", "triton>=3.6,<3.7"],
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "gcs": ["gcsfs>=2024.6"],
         "slurm": ["submitit>=1.5"],
