@@ -16,7 +16,12 @@ EXTRAS = ("cuda", "tpu", "gcs", "slurm", "bench")
 SOURCES = sorted(file for folder in (*SHIPPED, "tests") for file in (ROOT / folder).rglob("*.py"))
 
 # Where the import has another name than the distribution.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "tensorboardx": "tensorboardX"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "fla": "fla-core",
+    "orbax": "orbax-checkpoint",
+    "tensorboardx": "tensorboardX",
+}
 
 
 def imports(file: pathlib.Path) -> set[str]:
@@ -70,13 +75,14 @@ def test_every_import_is_declared():
 def test_requirements_are_ranges(group):
     listed = requirements(group)
     assert listed
-    assert all(">=" in line and "==" not in line for line in listed), listed
+    versions = [line.partition(";")[0] for line in listed]
+    assert all(">=" in version and "==" not in version for version in versions), listed
 
 
 def test_accelerator_extras_take_the_jax_of_the_base():
     (jax,) = (line for line in requirements("install_requires") if re.match(r"jax\W", line))
     for extra, plugin in (("cuda", "cuda13"), ("tpu", "tpu")):
-        assert requirements(extra) == {jax.replace("jax", f"jax[{plugin}]")}
+        assert jax.replace("jax", f"jax[{plugin}]") in requirements(extra)
 
 
 def test_jax_knows_the_extras_asked_of_it():
