@@ -12,12 +12,14 @@ from blockjax.kernels.block_sparse_attention import DistanceBias, api, block_spa
 from blockjax.kernels.block_sparse_attention.spec import Gradients
 from jax.sharding import AxisType
 
+from blockjax import partials
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Causal
 from blockjax.parallel import circulate
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS, Layout, lockstep, work
 from blockjax.parallel.schedules import SCHEDULES
+from blockjax.parallel.shards import add
 from tests.jaxprs import equations
 from tests.kernels.block_sparse_attention_suite import random_blocks
 
@@ -223,6 +225,14 @@ def test_one_device_is_the_op_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
+def test_what_kernels_rounded_is_summed_in_float32():
+    assert float(add(jnp.bfloat16(256), jnp.bfloat16(1))) == 257
+    o, lse = partials.merge(
+        (jnp.full(1, 256, "bfloat16"), jnp.zeros(())), (jnp.ones(1, "bfloat16"), jnp.zeros(()))
+    )
+    assert o.dtype == lse.dtype == jnp.float32 and float(o[0]) == 128.5
+
+
 def permutes(P, mask, **how):
     """Collective permutes of a forward, and of forward and backward."""
     inputs, (do, _) = make(mask, 4, 2)
@@ -328,8 +338,9 @@ def test_hops_in_the_middle_of_a_long_ring_are_one_loop(schedule, monkeypatch):
     learned = dict(slope=jnp.geomspace(0.5, 0.01, 4))
     mask, how = MASKS["lists a head"](16 * P), dict(schedule=schedule, layout="striped")
 
-    def visits():
+    def visits(dtype="float32"):
         inputs, (do, _) = make(mask, 4, 2)
+        inputs, do = (jax.tree.map(lambda x: x.astype(dtype), x) for x in (inputs, do))
         call = functools.partial(attention, mesh=mesh_of(P), mask=mask, **how)
         jaxpr = jax.make_jaxpr(lambda *x: jax.vjp(call, *x)[1](do))(*inputs)
         return sum(e.primitive.name == "ppermute" for e in equations(jaxpr.jaxpr))
@@ -338,4 +349,6 @@ def test_hops_in_the_middle_of_a_long_ring_are_one_loop(schedule, monkeypatch):
     monkeypatch.setattr(circulate, "LONG", 1)
     loops = schedule != "token_ring_direct"
     assert visits() < 0.9 * written_out if loops else visits() == written_out
+    # A loop's carry has one type: what one kernel rounded is summed in float32.
+    assert visits("bfloat16") == visits()
     compare(P, mask, 4, 2, learned, arrays, **how)
