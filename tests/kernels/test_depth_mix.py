@@ -50,7 +50,7 @@ JOIN = join_inputs(0, (2, 5, 16))
             SOURCES,
             QUERY,
             dict(implementation="fast"),
-            "no implementation 'fast'; choose from .*xla, reference",
+            "no implementation 'fast'; choose from .*xla, .*reference",
         ),
         (SOURCES, QUERY, dict(implementation="tpu"), "'tpu' cannot serve this call: it runs on TPUs, not on"),
     ],
