@@ -23,7 +23,7 @@ from blockjax.kernels.depth_mix.triton import plan
 PACKAGES = "jax_triton", "triton"
 MAX_HEADS = 16
 MAX_WIDTH = 16384
-OLDER = re.compile(r"\b([CGKMPTV]\d{1,4}|MX\d{3}|GTX|TITAN|Quadro|RTX 20\d\d)\b")
+OLDER = re.compile(r"\b([CGKMPTV]\d{1,4}|MX\d{3}|GTX|TITAN|Quadro|GeForce RTX 20\d\d)\b")
 """NVIDIA GPUs of compute capability below 8.0, by name."""
 
 
