@@ -58,8 +58,8 @@ def test_bytes_are_those_of_the_formulas(K, one_way):
     direct = traffic("token_ring_direct", *parts, False), traffic("token_ring_direct", *parts, True)
     assert direct[0].injected == 7 * (2 * T * N * H + 2 * T * N * H + 4 * T * N)
     assert direct[1].injected == 7 * (4 * T * N * H + 8 * T * N + 2 * T * N * H)
-    # Keys and values, and their gradients, likewise: 4 bytes a feature, and 4 in the first hop, then 8.
-    assert busiest("ring", backward=True) * MIB == pytest.approx((7 * 4 + 4 + 6 * 8) * T * K * H)
+    # Keys and values, and their float32 gradients: 4 and 8 bytes a feature.
+    assert busiest("ring", backward=True) * MIB == pytest.approx(7 * (4 + 8) * T * K * H)
 
 
 def test_halo_sends_the_window():
