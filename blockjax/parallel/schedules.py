@@ -103,9 +103,9 @@ class Circulating:
             def visit(part, offset):
                 places = _places(own, offset, self.moving)
                 if keys_move:
-                    here, dkv = own.backward(q, part, own.piece(q.lists, *places), stats)
+                    found = own.backward(q, part, own.piece(q.lists, *places), stats)
                     # Not as rounded: libtpu hides so short a transfer behind no kernel.
-                    return here, jax.tree.map(partials.wide, dkv)
+                    return jax.tree.map(partials.wide, found)
                 part, stats_of_part = part
                 (dq, dslope), dkv = own.backward(part, k, own.piece(part.lists, *places), stats_of_part)
                 return (dkv, dslope), dq
