@@ -1,9 +1,17 @@
 """Where a program will run: its platform, and the mesh axes its values vary over."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 from jax import lax
+
+Axes = str | Sequence[str] | None
+"""Mesh axes over which a dimension is cut, None for none."""
+
+
+def axis_names(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 class Target(NamedTuple):

@@ -18,9 +18,9 @@ from blockjax.errors import UsageError, nearest
 from blockjax.kernels.block_sparse_attention import RESIDUAL, DistanceBias, Tiles
 from blockjax.kernels.block_sparse_attention.api import checked, merge_sinks
 from blockjax.kernels.block_sparse_attention.passes import delta
-from blockjax.kernels.block_sparse_attention.sharded import Axes, sharded_block_sparse_attention
+from blockjax.kernels.block_sparse_attention.sharded import sharded_block_sparse_attention
 from blockjax.kernels.block_sparse_attention.spec import Cotangents
-from blockjax.kernels.platforms import target
+from blockjax.kernels.platforms import Axes, axis_names, target
 from blockjax.masks import BlockMask, Lists, lengthen
 from blockjax.masks.predicates import is_concrete
 from blockjax.parallel.circulate import Ring
@@ -130,17 +130,17 @@ class _Cut(NamedTuple):
         K, devices = inputs.k.shape[2], mesh.shape[axis]
         if devices % ulysses:
             raise UsageError(f"ulysses={ulysses} does not divide the {devices} devices of {axis!r}.")
-        per_device = [n // math.prod(mesh.shape[a] for a in _names(heads)) for n in (N, K)]
+        per_device = [n // math.prod(mesh.shape[a] for a in axis_names(heads)) for n in (N, K)]
         if per_device[0] % ulysses or (per_device[1] % ulysses and ulysses % per_device[1]):
             raise UsageError(
                 f"ulysses={ulysses} needs query heads that divide by it, and key heads that divide by it or "
                 f"it by them; there are {per_device[0]} and {per_device[1]}."
             )
         for what, n, axes in (("batch entries", B, batch), ("key heads", K, heads)):
-            size = math.prod(mesh.shape[a] for a in _names(axes))
+            size = math.prod(mesh.shape[a] for a in axis_names(axes))
             if n % size:
-                raise UsageError(f"{n} {what} do not divide over {'*'.join(_names(axes))}={size}.")
-        return _Cut(mesh, axis, ulysses, _names(batch) or None, _names(heads) or None)
+                raise UsageError(f"{n} {what} do not divide over {'*'.join(axis_names(axes))}={size}.")
+        return _Cut(mesh, axis, ulysses, axis_names(batch) or None, axis_names(heads) or None)
 
     def choices(self, inputs) -> "list[_Cut]":
         """With each number of `ulysses` that the heads allow."""
@@ -149,10 +149,6 @@ class _Cut(NamedTuple):
             with contextlib.suppress(UsageError):
                 found.append(_Cut.of(self.mesh, self.axis, n, self.batch, self.heads, inputs))
         return found
-
-
-def _names(axes: Axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _lay(inputs, q_layout: Layout, kv_layout: Layout):
@@ -201,10 +197,11 @@ def _shard(cuts: list[_Cut], schedule, q_layout: Layout, kv_layout: Layout, uses
         None if inputs.slope is None else P(cut.heads),
         P(),
     )
-    static = static_of(cut)
     if schedule == "auto":
         arrays = queries, keys, inputs.slope, ()
         static = _choose([(static_of(cut), _shapes(cut, arrays, in_specs)) for cut in cuts], traced)
+    else:
+        static = static_of(cut)
     local = jax.shard_map(
         functools.partial(_local, static), mesh=cut.mesh, in_specs=in_specs,
         out_specs=(rows, P(cut.batch, cut.heads, cut.axis)), check_vma=False,
@@ -284,7 +281,7 @@ def _shapes(cut: _Cut, arrays, specs):
     """Of one device's parts, once heads are exchanged for tokens."""
 
     def shape(x, spec):
-        parts = [math.prod(cut.mesh.shape[a] for a in _names(entry)) for entry in spec]
+        parts = [math.prod(cut.mesh.shape[a] for a in axis_names(entry)) for entry in spec]
         sizes = [n // (parts[i] if i < len(parts) else 1) for i, n in enumerate(x.shape)]
         if x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating):
             sizes[1], sizes[2] = sizes[1] * cut.ulysses, max(1, sizes[2] // cut.ulysses)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blockjax.errors import UsageError, nearest
+from blockjax.kernels.platforms import axis_names
 
 MESH_AXES = ("data", "fsdp", "seq", "tensor")
 
@@ -103,7 +104,7 @@ def shardings(mesh: Mesh, shapes, axes):
             if size % _parts(mesh, entry):
                 raise UsageError(
                     f"{jax.tree_util.keystr(path)} has {size} along {name!r}, which does not divide by "
-                    f"{'*'.join(_as_tuple(entry))}={_parts(mesh, entry)} of the mesh; "
+                    f"{'*'.join(axis_names(entry))}={_parts(mesh, entry)} of the mesh; "
                     "change the size or the mesh."
                 )
         return NamedSharding(mesh, spec)
@@ -134,13 +135,9 @@ def cut(name: str, size: int) -> tuple[str, ...] | None:
     """The mesh axes over which a dimension of this logical name is cut; None if it does not divide."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    return None if size % parts(name) else _as_tuple(partition_spec((name,))[0])
+    return None if size % parts(name) else axis_names(partition_spec((name,))[0])
 
 
 def _parts(mesh, entry) -> int:
     """Into how many parts an entry of a `PartitionSpec` cuts a dimension."""
-    return math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
-
-
-def _as_tuple(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    return math.prod(mesh.shape[axis] for axis in axis_names(entry))

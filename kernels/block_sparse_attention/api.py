@@ -1,11 +1,11 @@
 """The public op `block_sparse_attention`: checks, dispatch, sinks."""
 
 import functools
-import logging
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels import dispatch
 from blockjax.kernels.block_sparse_attention import hopper, reference, tpu, xla
 from blockjax.kernels.block_sparse_attention.passes import attend
 from blockjax.kernels.block_sparse_attention.spec import Inputs, Options, Spec, Tiles
@@ -136,27 +136,7 @@ def describe(q, k, v, mask: BlockMask, **options: bool) -> Spec:
 
 def choose(spec: Spec, implementation: str | None = None) -> str:
     """The name of the backend for this call; raises `UsageError` if a named one cannot serve it."""
-    if implementation is not None:
-        if implementation not in BACKENDS:
-            raise UsageError(
-                f"There is no implementation {implementation!r}; choose from {', '.join(BACKENDS)}."
-            )
-        reason = BACKENDS[implementation].supports(spec)
-        if reason is not None:
-            raise UsageError(f"implementation={implementation!r} cannot serve this call: {reason}")
-        return implementation
-    for name, backend in BACKENDS.items():
-        reason = backend.supports(spec)
-        if reason is None:
-            return name
-        _log_fallback(name, reason)
-    raise AssertionError("unreachable: xla supports every call")
-
-
-@functools.cache
-def _log_fallback(name: str, reason: str) -> None:
-    """Cached, so that each reason is said once."""
-    logging.getLogger(__name__).info("block_sparse_attention: not %s: %s", name, reason)
+    return dispatch.choose("block_sparse_attention", BACKENDS, spec, implementation)
 
 
 def merge_sinks(o, lse, sinks):

@@ -5,17 +5,16 @@ in each iteration. Here every device calls it on its own part, and only gradient
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
 from blockjax.kernels.block_sparse_attention.api import DistanceBias, block_sparse_attention
+from blockjax.kernels.platforms import Axes, axis_names
 from jax.sharding import PartitionSpec as P
 
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Ranges
 
-Axes = str | Sequence[str] | None
 PER_TOKEN = ("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
 
 
@@ -46,13 +45,13 @@ def sharded_block_sparse_attention(
     if mesh.empty or not (batch or heads):
         return block_sparse_attention(q, k, v, mask, **options)
     for what, n, axes in (("batch entries", q.shape[0], batch), ("key heads", k.shape[2], heads)):
-        devices = math.prod(mesh.shape[axis] for axis in _names(axes))
+        devices = math.prod(mesh.shape[axis] for axis in axis_names(axes))
         if n % devices:
             raise UsageError(
-                f"{n} {what} do not divide over {'*'.join(_names(axes))}={devices}; "
+                f"{n} {what} do not divide over {'*'.join(axis_names(axes))}={devices}; "
                 "cut them over fewer devices, or over other axes."
             )
-    rows, heads = (_names(axes) or None for axes in (batch, heads))
+    rows, heads = (axis_names(axes) or None for axes in (batch, heads))
     arrays = {
         name: x for name, x in options.items() if name in (*PER_TOKEN, "bias", "sinks") and x is not None
     }
@@ -74,10 +73,6 @@ def sharded_block_sparse_attention(
     in_specs = qkv, qkv, qkv, None if shared else _list_specs(mask, rows, heads), specs
     call = jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out)
     return call(q, k, v, None if shared else mask, arrays)
-
-
-def _names(axes: Axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _list_specs(mask: BlockMask, rows, heads) -> BlockMask:

@@ -1,11 +1,10 @@
 """The public ops `depth_mix`, `depth_read` and `depth_join`: checks and dispatch."""
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels import dispatch
 from blockjax.kernels.depth_mix import passes, reference, tpu, triton, xla
 from blockjax.kernels.depth_mix.spec import (
     Join,
@@ -172,31 +171,11 @@ def depth_join(
 
 def choose(spec: Spec, implementation: str | None = None) -> str:
     """The name of the backend for this call; raises `UsageError` if a named one cannot serve it."""
-    if implementation is not None:
-        if implementation not in BACKENDS:
-            raise UsageError(
-                f"There is no implementation {implementation!r}; choose from {', '.join(BACKENDS)}."
-            )
-        reason = BACKENDS[implementation].supports(spec)
-        if reason is not None:
-            raise UsageError(f"implementation={implementation!r} cannot serve this call: {reason}")
-        return implementation
-    for name, backend in BACKENDS.items():
-        reason = backend.supports(spec)
-        if reason is None:
-            return name
-        _log_fallback(name, reason)
-    raise AssertionError("unreachable: xla supports every call")
+    return dispatch.choose("depth_mix", BACKENDS, spec, implementation)
 
 
 def _backend(spec: Spec, implementation: str | None):
     return BACKENDS[choose(spec, implementation)]
-
-
-@functools.cache
-def _log_fallback(name: str, reason: str) -> None:
-    """Cached, so that each reason is said once."""
-    logging.getLogger(__name__).info("depth_mix: not %s: %s", name, reason)
 
 
 def _describe(op: str, x: jax.Array, heads: int, n: int = 1, R: int = 1, update: bool = False) -> Spec:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 import jax
 from blockjax.kernels.depth_mix.api import depth_join, depth_read
 from blockjax.kernels.depth_mix.spec import Join, Read
+from blockjax.kernels.platforms import Axes, axis_names
 from jax.sharding import PartitionSpec as P
 
 from blockjax.errors import UsageError
-
-Axes = str | Sequence[str] | None
 
 
 def sharded_depth_read(
@@ -96,7 +95,7 @@ class _Split:
         mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         if len(tokens) >= len(shape):
             raise UsageError(f"tokens={tuple(tokens)} names more axes than {shape} has before its last.")
-        names = [_names(axes) for axes in tokens]
+        names = [axis_names(axes) for axes in tokens]
         if mesh.empty or width or not any(names):
             return None
         for size, axes in zip(shape, names, strict=False):
@@ -114,10 +113,6 @@ class _Split:
 
     def map(self, call: Callable, in_specs, out_specs) -> Callable:
         return jax.shard_map(call, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
-
-
-def _names(axes: Axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _xla(width: Axes, options: dict) -> dict:

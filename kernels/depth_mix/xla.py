@@ -14,8 +14,9 @@ from blockjax.kernels.depth_mix.spec import (
     ReadInputs,
     ReadOptions,
     Spec,
-    wide,
 )
+
+from blockjax.partials import wide
 
 
 def supports(spec: Spec) -> str | None:
@@ -27,7 +28,7 @@ def read_forward(inputs: ReadInputs, options: ReadOptions):
     w = _split(queries, options.heads)
     norms, logits = [], []
     for source in sources:
-        v = _wide(source)
+        v = wide(source)
         norms.append(jax.lax.rsqrt(jnp.mean(v * v, axis=-1) + options.eps))
         logits.append(norms[-1][..., None] * _products(_split(v, options.heads), w))
     logits, norms = jnp.stack(logits), jnp.stack(norms)
@@ -48,13 +49,13 @@ def read_backward(inputs: ReadInputs, read: Read, norms, do, dlse, options: Read
     w, M = _split(queries, options.heads), queries.shape[-1]
     weights = jnp.exp(read.logits - read.lse)  # [n, R, ..., h]
     # A stack is worked on at once: the program does not grow with R.
-    do = [_split(_wide(d), options.heads) for d in (do if options.unstacked else [do])]
+    do = [_split(wide(d), options.heads) for d in (do if options.unstacked else [do])]
     whole = jnp.stack if options.unstacked else lambda rows: rows[0]
-    c = jnp.stack([whole([jnp.sum(d * _split(_wide(v), options.heads), -1) for d in do]) for v in sources])
+    c = jnp.stack([whole([jnp.sum(d * _split(wide(v), options.heads), -1) for d in do]) for v in sources])
     ds = weights * (c - jnp.sum(weights * c, 0) + dlse)
     gradients, dw = [], jnp.zeros_like(w)
     for v, norm, s, p, d in zip(sources, norms, read.logits, weights, ds, strict=True):
-        v = _split(_wide(v), options.heads)
+        v = _split(wide(v), options.heads)
         scaled = norm[..., None] * d  # [R, ..., h]
         back = norm * norm / M * jnp.sum(d * s, axis=(0, -1))
         mixed = sum(q[..., None] * d for q, d in zip(p if options.unstacked else [p], do, strict=True))
@@ -72,10 +73,10 @@ def join_forward(inputs: JoinInputs, options: JoinOptions):
     total = partial if update is None else partial + update
     if options.first:
         total = jnp.where(lse[..., :1] == jnp.inf, 0, total)
-    s = _wide(total)
+    s = wide(total)
     norm = jax.lax.rsqrt(jnp.mean(s * s, axis=-1) + options.eps)
     logit = norm[..., None] * _products(_split(s, options.heads), _split(query[None], options.heads))[0]
-    h = _merged(s, _wide(o), logit, lse, options.heads)
+    h = _merged(s, wide(o), logit, lse, options.heads)
     rms = jax.lax.rsqrt(jnp.mean(h * h, axis=-1) + options.norm_eps)
     x = (rms[..., None] * h * norm_gain).astype(o.dtype)
     return Join(total, x, jnp.where(lse == jnp.inf, -jnp.inf, logit)), (norm, rms)
@@ -88,7 +89,7 @@ def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: 
     """
     _, update, o, lse, query, norm_gain = inputs
     heads, M, (norm, rms) = options.heads, query.shape[-1], norms
-    s, mean, dx = _wide(join.partial), _wide(o), _wide(dx)
+    s, mean, dx = wide(join.partial), wide(o), wide(dx)
     g = jax.nn.sigmoid(join.logit - lse)
     h = _merged(s, mean, join.logit, lse, heads) * rms[..., None]  # normalised
     dy = dx * norm_gain
@@ -101,7 +102,7 @@ def join_backward(inputs: JoinInputs, join: Join, norms, dpartial, dx, options: 
     back = norm * norm / M * jnp.sum(a * logit, -1)
     scaled = norm[..., None] * a
     weighted = g[..., None] * _split(dh, heads)
-    ds = _whole(weighted + scaled[..., None] * _split(query, heads)) - back[..., None] * s + _wide(dpartial)
+    ds = _whole(weighted + scaled[..., None] * _split(query, heads)) - back[..., None] * s + wide(dpartial)
     ds = jnp.where(lse[..., :1] == jnp.inf, 0, ds).astype(o.dtype)
     do = _whole(_split(dh, heads) - weighted).astype(o.dtype)
     dquery = jnp.sum(scaled[..., None] * _split(s, heads), axis=tokens).reshape(M)
@@ -116,17 +117,13 @@ def _merged(s, mean, logit, lse, heads: int):
 
 def _mean(weights, sources, heads: int):
     """Of n sources [..., M] with weights n x [..., h] or n x [R, ..., h]. Elementwise: n is tiny."""
-    parts = (p[..., None] * _split(_wide(v), heads) for p, v in zip(weights, sources, strict=True))
+    parts = (p[..., None] * _split(wide(v), heads) for p, v in zip(weights, sources, strict=True))
     return _whole(sum(parts)).astype(sources[0].dtype)
 
 
 def _products(v, w):
     """Of sources [..., h, d] with queries [R, h, d]: [R, ..., h]."""
     return jnp.einsum("...hd,Rhd->R...h", v, w, precision="highest")
-
-
-def _wide(x):
-    return x.astype(wide(x.dtype))
 
 
 def _split(x, heads: int):

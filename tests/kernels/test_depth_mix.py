@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blockjax.kernels import dispatch
 from blockjax.kernels.depth_mix import (
     Spec,
     api,
@@ -79,7 +80,7 @@ def test_mistakes_of_a_join(place, x, message):
 def test_falls_back_with_one_line(monkeypatch, caplog):
     slow = types.SimpleNamespace(supports=lambda spec: f"M {spec.M} is not 128")
     monkeypatch.setattr(api, "BACKENDS", {"fast": slow} | api.BACKENDS)
-    api._log_fallback.cache_clear()
+    dispatch.log_fallback.cache_clear()
     with caplog.at_level(logging.INFO, logger=api.__name__):
         first, second = (bj.depth_mix(SOURCES, QUERY) for _ in range(2))
     assert [r.message for r in caplog.records if "fast" in r.message] == [

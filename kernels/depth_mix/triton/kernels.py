@@ -1,4 +1,4 @@
-"""The four kernels, in Triton. A program takes whole tokens, one after the other.
+"""The kernels, in Triton. A program takes whole tokens, one after the other.
 
 A row of M is held as [HP, DP], heads x width of a head, each padded to a power of two. Tuples hold one
 pointer an array and are unrolled while a kernel is compiled. `S` holds its sizes, see `plan.Sizes`. Formulas:
