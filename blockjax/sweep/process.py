@@ -23,6 +23,9 @@ GRACE_SECONDS = 15.0  # from an interrupt to a kill: a checkpoint may have to be
 STEP = re.compile(r"^step (\d+)/\d+  (.*?)(?:  [\d,]+ tok/s.*)?$", re.MULTILINE)
 
 
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """What one of several processes may use.
@@ -39,7 +42,9 @@ class Share:
 def shares(jobs: int) -> list[Share]:
     """Divides the CPU cores of this process, and the GPUs that `CUDA_VISIBLE_DEVICES` lists, by `jobs`.
 
-    XLA starts a thread a core: without a division, every process would start one for every core.
+    XLA starts a thread a core: without a division, every process would start one for every core. Without that
+    list all processes use the same GPUs, and each gets a part of their memory, which JAX would otherwise
+    reserve for the first.
 
     Raises:
       UsageError: the GPUs cannot be divided.
@@ -57,8 +62,9 @@ def shares(jobs: int) -> list[Share]:
     def part(items: list, i: int) -> list:
         return items[i * len(items) // jobs : (i + 1) * len(items) // jobs]
 
+    memory = {MEMORY: os.environ.get(MEMORY, f"{0.8 / jobs:.3f}")}
     return [
-        Share(part(cores, i), {"CUDA_VISIBLE_DEVICES": ",".join(part(gpus, i))} if gpus else {})
+        Share(part(cores, i), {"CUDA_VISIBLE_DEVICES": ",".join(part(gpus, i))} if gpus else memory)
         for i in range(jobs)
     ]
 

@@ -22,9 +22,8 @@ from jaxtyping import Array, Bool, Float
 
 from blockjax.errors import UsageError
 
-BACKENDS = {"tpu": tpu, "xla": xla, "triton": triton, "reference": reference}
-"""Fastest first: `implementation=None` takes the first that supports the call. Triton only serves by name:
-the newest form of its passes was interpreted and compiled, but has not run on a GPU."""
+BACKENDS = {"tpu": tpu, "triton": triton, "xla": xla, "reference": reference}
+"""Fastest first: `implementation=None` takes the first that supports the call."""
 
 
 def depth_mix(

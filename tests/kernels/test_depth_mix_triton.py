@@ -1,6 +1,8 @@
 """`depth_mix` in Triton: interpreted and compiled on a CPU, and run on a GPU by `make test-gpu`."""
 
+import os
 import re
+import sys
 from dataclasses import replace
 
 import jax
@@ -48,6 +50,20 @@ def test_refuses_before_compilation_with_the_numbers(monkeypatch, changes, reaso
 def test_without_its_packages_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(backend, "PACKAGES", ("no_such_package", "json"))
     assert backend.supports(SPEC) == "no_such_package cannot be imported: pip install 'blockjax[cuda]'"
+
+
+def test_leaves_the_cache_of_other_triton_kernels(monkeypatch, tmp_path):
+    call = pytest.importorskip("blockjax.kernels.depth_mix.triton.call")
+    (tmp_path / "jax_triton.py").write_text("import os\nos.environ['TRITON_CACHE_DIR'] = ''\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for folder in ("theirs", None):
+        monkeypatch.delitem(sys.modules, "jax_triton", raising=False)
+        monkeypatch.setenv("TRITON_CACHE_DIR", "theirs")
+        if folder is None:
+            monkeypatch.delenv("TRITON_CACHE_DIR")
+        call.jax_triton.__wrapped__()
+        assert os.environ.get("TRITON_CACHE_DIR") == folder
+    monkeypatch.delitem(sys.modules, "jax_triton")
 
 
 class Refuses64:

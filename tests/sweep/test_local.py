@@ -16,7 +16,7 @@ import pytest
 
 from blockjax.errors import UsageError
 from blockjax.sweep import local
-from blockjax.sweep.process import Process, Share, shares
+from blockjax.sweep.process import MEMORY, Process, Share, shares
 from blockjax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -239,7 +239,11 @@ def test_processes_share_the_machine(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert shares(1) == [Share()]
     assert [list(share.cores) for share in shares(3)] == [[0, 1], [2, 3, 4], [5, 6, 7]]
-    assert shares(9)[0].cores == [] and shares(2)[0].environment == {}
+    assert shares(9)[0].cores == []
+    monkeypatch.delenv(MEMORY, raising=False)
+    assert all(share.environment == {MEMORY: "0.100"} for share in shares(8))
+    monkeypatch.setenv(MEMORY, "0.05")
+    assert shares(8)[7].environment == {MEMORY: "0.05"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert [share.environment["CUDA_VISIBLE_DEVICES"] for share in shares(2)] == ["4,5", "6,7"]
     with pytest.raises(UsageError, match=r"4 GPUs.*--jobs=3"):

@@ -2,6 +2,7 @@
 
 import functools
 import linecache
+import os
 
 import jax
 import triton.language as tl
@@ -18,11 +19,9 @@ def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes):
     Returns:
       Arrays like `outputs`.
     """
-    import jax_triton
-
     lengths = tuple(len(x) if isinstance(x, tuple) else None for x in (*inputs, *outputs))
     flat, tree = jax.tree.flatten(outputs)
-    arrays = jax_triton.triton_call(
+    arrays = jax_triton().triton_call(
         *jax.tree.leaves(inputs),
         kernel=flattened(kernel, lengths),
         out_shape=flat,
@@ -31,6 +30,18 @@ def call(kernel, inputs: tuple, outputs: tuple, sizes: Sizes):
         S=sizes,
     )
     return jax.tree.unflatten(tree, arrays)
+
+
+@functools.cache
+def jax_triton():
+    """The module. Its import empties TRITON_CACHE_DIR, without which Triton kernels of PyTorch do not run."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if folder is not None:
+        os.environ["TRITON_CACHE_DIR"] = folder
+    return jax_triton
 
 
 @functools.cache
