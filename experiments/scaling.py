@@ -45,7 +45,7 @@ from blockjax.pods.collectives import collectives
 from blockjax.pods.program import Program as Text
 
 N, H, BLOCK = 32, 128, 512
-CHECKED = 16384
+CHECKED = 32768
 """Tokens at which schedules are compared with one device."""
 TOLERANCE = 1e-2
 """Of outputs and gradients, relative to their norm: both round to bfloat16."""

@@ -210,13 +210,15 @@ class Halo:
         before, after = (n * job.mask.bk for n in self.reach(job))
         S = keys.k.shape[1]
 
+        def back(x, by, start):
+            """What a neighbour found, among zeros: XLA's GPU compiler dies of a scatter that covers a shard."""
+            x = partials.wide(self.send(job, x, by))
+            return jnp.pad(x, ((0, 0), (start, S - start - x.shape[1]), (0, 0), (0, 0)))
+
         def home(d):
             own = partials.wide(lax.slice_in_dim(d, before, before + S, axis=1))
-            if before:
-                own = own.at[:, S - before :].add(partials.wide(self.send(job, d[:, :before], -1)))
-            if after:
-                own = own.at[:, :after].add(partials.wide(self.send(job, d[:, before + S :], 1)))
-            return own
+            own = own + back(d[:, :before], -1, S - before) if before else own
+            return own + back(d[:, before + S :], 1, 0) if after else own
 
         return dq, jax.tree.map(home, dkv)
 

@@ -169,6 +169,15 @@ def test_lengths_that_divide_by_nothing(schedule, layout):
     compare(4, mask, schedule=schedule, layout=layout, learned=dict(slope=jnp.full(4, 0.1)))
 
 
+def test_halo_of_a_whole_shard():
+    """XLA's GPU compiler (jax 0.11.2) dies of a scatter that covers a whole shard."""
+    mask = BlockMask.window(64, left=15, right=0, **BLOCKS)
+    compare(4, mask, schedule="halo")
+    inputs, (do, _) = make(mask, 4, 2)
+    call = functools.partial(attention, mesh=mesh_of(4), mask=mask, schedule="halo")
+    assert "scatter" not in str(jax.make_jaxpr(lambda *x: jax.vjp(call, *x)[1](do))(*inputs))
+
+
 def test_halo_of_a_ragged_length():
     compare(3, BlockMask.window(50, left=9, right=4, **BLOCKS), schedule="halo")
 
