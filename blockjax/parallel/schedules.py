@@ -211,7 +211,7 @@ class Halo:
         S = keys.k.shape[1]
 
         def back(x, by, start):
-            """What a neighbour found, among zeros: XLA's GPU compiler dies of a scatter that covers a shard."""
+            """What a neighbour found, among zeros: XLA's GPU compiler dies of a scatter over a shard."""
             x = partials.wide(self.send(job, x, by))
             return jnp.pad(x, ((0, 0), (start, S - start - x.shape[1]), (0, 0), (0, 0)))
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from blockjax.errors import UsageError
 from blockjax.pods import saved
@@ -18,8 +19,14 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 
 @pytest.fixture(scope="module")
 def compiled(pod, quick_compilation):
-    job = plan_job(small_config(), pod, MESH)
-    return job, compile_job(job)
+    """Compiled anew: a program for CPUs that came from JAX's cache cannot be written again (jax 0.12)."""
+    job, folder = plan_job(small_config(), pod, MESH), jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    outcome = compile_job(job)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+    return job, outcome
 
 
 @pytest.fixture
