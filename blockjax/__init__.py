@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from blockjax.kernels.block_sparse_attention import DistanceBias, block_sparse_attention
     from blockjax.kernels.depth_mix import depth_mix
+    from blockjax.kernels.linear_attention import linear_attention
     from blockjax.masks import BlockMask, Causal, Chunked, Everything, Window
     from blockjax.models import LayerSpec, Transformer, TransformerConfig, preset
 
@@ -25,6 +26,7 @@ _HOME = {
     "Window": "blockjax.masks",
     "block_sparse_attention": "blockjax.kernels.block_sparse_attention",
     "depth_mix": "blockjax.kernels.depth_mix",
+    "linear_attention": "blockjax.kernels.linear_attention",
     "preset": "blockjax.models",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "Window",
     "block_sparse_attention",
     "depth_mix",
+    "linear_attention",
     "preset",
 ]
 

@@ -20,8 +20,9 @@ from blockjax import cli
 from blockjax.errors import UsageError
 from blockjax.kernels.block_sparse_attention import check as attention
 from blockjax.kernels.depth_mix import check as depth_mix
+from blockjax.kernels.linear_attention import check as linear_attention
 
-CHECKS = {"block_sparse_attention": attention, "depth_mix": depth_mix}
+CHECKS = {"block_sparse_attention": attention, "depth_mix": depth_mix, "linear_attention": linear_attention}
 NAMES = [*dict.fromkeys(name for check in CHECKS.values() for name in check.CHECKED)]
 IMPLEMENTATION = flags.DEFINE_enum("implementation", None, NAMES, "check this one only")
 QUICK = flags.DEFINE_bool("quick", False, "few sizes a backend")

@@ -13,6 +13,8 @@ from blockjax.kernels import checking
 from blockjax.kernels.block_sparse_attention import check, xla
 from blockjax.kernels.depth_mix import check as depth_check
 from blockjax.kernels.depth_mix import xla as depth_xla
+from blockjax.kernels.linear_attention import check as recurrence_check
+from blockjax.kernels.linear_attention import xla as recurrence_xla
 from jax.experimental import io_callback
 
 from blockjax import selfcheck
@@ -88,6 +90,23 @@ def test_a_wrong_gradient_of_the_depth_mix_is_reported(run, monkeypatch):
     monkeypatch.setattr(depth_xla, "join_backward", wrong)
     status, said = run()
     assert status == 1 and said.count("wrong dq ") == 1 and "0 of 1 checks passed" in said
+
+
+def test_a_wrong_gradient_of_linear_attention_is_reported(run, monkeypatch):
+    monkeypatch.setattr(selfcheck, "CHECKS", {"linear_attention": recurrence_check})
+    monkeypatch.setattr(recurrence_check, "SIZES", (recurrence_check.Size("decay", "token", 20, 2, 1, 8, 4),))
+    status, said = run()
+    assert status == 0 and "1 of 1 checks passed" in said, said
+    assert "linear_attention: tpu is skipped: it runs on TPUs, not on cpu\n" in said
+    backward_pass = recurrence_xla.backward_pass
+
+    def wrong(*args):
+        gradients = backward_pass(*args)
+        return gradients._replace(log_decay=1.001 * gradients.log_decay)
+
+    monkeypatch.setattr(recurrence_xla, "backward_pass", wrong)
+    status, said = run()
+    assert status == 1 and said.count("wrong dg ") == 1 and "0 of 1 checks passed" in said
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Devices: the mesh, the rules that place arrays on it, and attention over sequences cut across it."""
+"""Devices: the mesh, the rules that place arrays on it; attention and recurrence of sequences cut over it."""
 
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS, Layout
@@ -11,6 +11,7 @@ from blockjax.parallel.mesh import (
     partition_spec,
     shardings,
 )
+from blockjax.parallel.recurrence import linear_attention
 from blockjax.parallel.schedules import SCHEDULES
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "constrain",
     "cut",
+    "linear_attention",
     "make_mesh",
     "partition_spec",
     "shardings",

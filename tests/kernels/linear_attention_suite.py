@@ -1,0 +1,296 @@
+"""What every backend of `linear_attention` must do. Subclasses name the backend and the kinds it serves."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blockjax.kernels.linear_attention import linear_attention
+
+GRADIENTS = "q", "k", "v", "log_decay", "beta", "initial_state"
+
+
+def rand(seed, *shape, dtype="float32", scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def make(
+    seed=0, kind="decay", decay="token", B=2, T=37, N=2, K=2, Hk=8, Hv=8, dtype="float32",
+    state=True, rate=1.0, max_beta=1.0,
+):  # fmt: skip
+    """Arguments of a call by name: keys are normalised for the delta rule, log-decays are up to `rate`."""
+    k = rand((seed, 1), B, T, K, Hk)
+    if kind == "delta":
+        k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+    wide = "float64" if dtype == "float64" else "float32"
+    args = dict(q=rand((seed, 0), B, T, N, Hk, dtype=dtype), k=k.astype(dtype))
+    args["v"] = rand((seed, 2), B, T, K, Hv, dtype=dtype)
+    shape = dict(none=None, head=(K,), token=(B, T, K), channel=(B, T, K, Hk))[decay]
+    uniform = np.random.default_rng((seed, 3)).uniform
+    if shape is not None:
+        args["log_decay"] = -jnp.asarray(rate * uniform(size=shape), wide)
+    if kind == "delta":
+        args["beta"] = jnp.asarray(max_beta * uniform(size=(B, T, K)), wide)
+    if state:
+        args["initial_state"] = rand((seed, 4), B, K, Hk, Hv, dtype=wide)
+    return args
+
+
+def both(implementation, args, cotangents, segment_ids=None, **options):
+    """`o` and state, and the gradients of all arguments."""
+
+    def call(args):
+        return linear_attention(
+            **args, segment_ids=segment_ids, return_state=True, implementation=implementation, **options
+        )
+
+    out, pullback = jax.vjp(call, args)
+    return out, pullback(cotangents)[0]
+
+
+TOLERANCE = 2e-5
+
+run = jax.jit(both, static_argnames=("implementation", "kind", "scale", "chunk_size"))
+
+
+def cotangents_of(args, seed=0):
+    """Random, for `o` and state."""
+    (B, T, N, Hk), (K, Hv) = args["q"].shape, args["v"].shape[2:]
+    o = rand((seed, 77), B, T, N, Hv, dtype=args["q"].dtype)
+    wide = "float64" if o.dtype == jnp.float64 else "float32"
+    return o, rand((seed, 78), B, K, Hk, Hv, dtype=wide)
+
+
+def assert_close(ours, theirs, tolerance=TOLERANCE):
+    """Each array to a part of its largest entry."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
+        scale = np.abs(b).max(initial=0) or 1.0
+        np.testing.assert_allclose(
+            a / scale, b / scale, atol=tolerance, rtol=0, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+FORMS = tuple((kind, decay) for kind in ("decay", "delta") for decay in ("none", "head", "token", "channel"))
+
+# Documents end within a chunk of 16, at its border and after one token; padding within and at the end.
+IDS = np.repeat([[3, -1, 3, 5, 6, -1, 9, -1]], 2, 0).repeat([7, 2, 3, 4, 1, 2, 15, 3], axis=1)
+IDS[1] = [0] * 20 + [1] * 17
+
+
+EXHAUSTIVE = pytest.mark.exhaustive
+COMPILES = "test_bfloat16", "test_float64", "test_finite_differences", "test_decode_is_prefill"
+"""Tests with a program of their own; all others run the same one."""
+
+
+class LinearAttentionSuite:
+    """`forms` are the pairs of kind and form of log-decay that the backend serves."""
+
+    implementation: ClassVar[str]
+    forms: ClassVar[tuple[tuple[str, str], ...]] = FORMS
+    few: ClassVar[tuple[tuple[str, str], ...]] = (("decay", "token"), ("delta", "channel"))
+    """For which `make test` runs those of `COMPILES`."""
+    decoder: ClassVar[str] = "xla"
+    """The backend that takes one token at a time."""
+
+    def pytest_generate_tests(self, metafunc):
+        if "form" in metafunc.fixturenames:
+            few = self.few if metafunc.function.__name__ in COMPILES else self.forms
+            marked = [pytest.param(form, marks=() if form in few else EXHAUSTIVE) for form in self.forms]
+            metafunc.parametrize("form", marked, ids=["-".join(form) for form in self.forms])
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def quick_compiles(cls):
+        """Compilation is most of this suite's time."""
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+    def run(self, form, args, cotangents=None, segment_ids=IDS, implementation=None, chunk_size=16):
+        implementation = implementation or self.implementation
+        cotangents = cotangents_of(args) if cotangents is None else cotangents
+        chunk_size = None if implementation == "reference" else chunk_size
+        return run(implementation, args, cotangents, segment_ids, kind=form[0], chunk_size=chunk_size)
+
+    def compare(self, form, args, tolerance=2e-5, **options):
+        ours = self.run(form, args, **options)
+        assert_close(ours, self.run(form, args, **options, implementation="reference"), tolerance)
+        return ours
+
+    def make(self, form, **changes):
+        """Groups of queries, T not a multiple of the chunk, Hk != Hv. Of one shape: all run one program."""
+        kind, decay = form
+        return make(kind=kind, decay=decay, **dict(N=4, K=2, Hk=8, Hv=12) | changes)
+
+    def test_is_the_recurrence(self, form):
+        self.compare(form, self.make(form))
+
+    def test_runs_are_equal_bit_for_bit(self, form):
+        args = self.make(form)
+        assert_equal(self.run(form, args), self.run(form, args))
+
+    def test_nothing_is_read_of_padding(self, form):
+        args, padding = self.make(form), jnp.asarray(IDS < 0)
+        clean, (_, expected) = args, self.run(form, args)
+        poisoned = {name: x if x.shape[:2] != padding.shape else jnp.where(expand(padding, x), jnp.nan, x)
+                    for name, x in args.items()}  # fmt: skip
+        ours = self.run(form, poisoned)
+        assert_equal(ours, self.run(form, clean))
+        for name, gradient in expected.items():
+            if gradient.shape[:2] == padding.shape:
+                assert not jnp.where(expand(padding, gradient), gradient, 0).any(), name
+        assert not jnp.where(expand(padding, ours[0][0]), ours[0][0], 0).any()
+
+    def test_documents_are_separate(self, form):
+        """In one row they are what each is alone, in outputs and gradients; nothing passes between them."""
+        args = self.make(form)
+        do, dstate = cotangents_of(args)
+        (o, _), gradients = self.run(form, args, (do, dstate))
+        sums, parts = jnp.zeros_like(o), jax.tree.map(jnp.zeros_like, gradients)
+        documents = [3, 5, 6, 9, 0, 1]
+        for number in documents:
+            here = jnp.asarray(number == IDS)
+            first = here[:, 0]  # [B], whether it continues the initial state
+            last = here.any(1) & ~jnp.asarray(number < IDS).any(1)
+            its = jnp.where(expand(here, do), do, 0), jnp.where(expand(last, dstate), dstate, 0)
+            _, packed = self.run(form, args, its)
+            for name in ("q", "k", "v"):
+                assert not jnp.where(expand(here, packed[name]), 0, packed[name]).any(), name
+            assert not packed["initial_state"][~first].any()
+            start = jnp.where(expand(first, args["initial_state"]), args["initial_state"], 0)
+            alone = dict(args, initial_state=start)
+            (o_alone, _), own = self.run(form, alone, its, jnp.where(here, IDS, -1))
+            own["initial_state"] = jnp.where(expand(first, start), own["initial_state"], 0)
+            sums, parts = sums + o_alone, jax.tree.map(jnp.add, parts, own)
+        assert_close((sums, parts), (o, gradients))
+
+    def test_parts_are_the_whole(self, form):
+        """Split anywhere, with the state passed on: what is not of a part is padding in it."""
+        args = self.make(form)
+        ids, cotangents = np.zeros_like(IDS), cotangents_of(args)
+        (o, state), gradients = self.run(form, args, cotangents, ids)
+        for split in (1, 16, 23):
+            head, tail = (np.where((np.arange(37) < split) == early, 0, -1) + ids for early in (True, False))
+            (first, passed), _ = self.run(form, args, cotangents, head)
+            rest = dict(args) | dict(initial_state=passed)
+            (second, last), late = self.run(form, rest, cotangents, tail)
+            _, early = self.run(form, args, (cotangents[0], late["initial_state"]), head)
+            assert_close((first + second, last), (o, state))
+            late["initial_state"] = jnp.zeros_like(passed)
+            # Three results, each as far from the truth as one may be.
+            assert_close(jax.tree.map(jnp.add, early, late), gradients, 3 * TOLERANCE)
+
+    def test_large_and_no_decays_side_by_side(self, form):
+        if form[1] == "none":
+            return
+        args = self.make(form)
+        shape = args["log_decay"].shape
+        for least in (-50.0, -jnp.inf):
+            args["log_decay"] = jnp.where(np.random.default_rng(5).random(shape) < 0.3, least, -1e-3)
+            out, gradients = self.compare(form, args)
+            assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((out, gradients)))
+
+    @pytest.mark.parametrize("keys", ["identical", "zero"])
+    def test_keys_that_do_not_span(self, form, keys):
+        args = self.make(form, max_beta=2.0)
+        k = args["k"][:, :1, :1] if keys == "identical" else jnp.zeros(())
+        args["k"] = jnp.broadcast_to(k, args["k"].shape)
+        if form[0] == "delta":
+            args["beta"] = jnp.full_like(args["beta"], 2.0)
+        self.compare(form, args)
+
+    def test_decode_is_prefill(self, form):
+        args = self.make(form, T=5)
+        options = dict(kind=form[0], return_state=True)
+        whole = linear_attention(**args, **options, implementation="reference")
+        step = jax.jit(lambda args: linear_attention(**args, **options, implementation=self.decoder))
+        state, outputs = args.pop("initial_state"), []
+        per_token = [name for name in args if args[name].ndim > 1]
+        for t in range(5):
+            token = dict(args) | {name: args[name][:, t : t + 1] for name in per_token}
+            o, state = step(dict(token, initial_state=state))
+            outputs.append(o)
+        assert_close((jnp.concatenate(outputs, 1), state), whole)
+
+    def test_bfloat16(self, form):
+        """As close to what float32 gives as bfloat16 can be: a few roundings of each output and gradient."""
+        args = self.make(form, dtype="bfloat16")
+        ours = (o, state), gradients = self.run(form, args)
+        assert o.dtype == gradients["q"].dtype == jnp.bfloat16
+        assert state.dtype == gradients["initial_state"].dtype == jnp.float32
+        exact = self.run(form, args, implementation="reference")
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+            a, b = (np.asarray(x, "float64") for x in (a, b))
+            assert np.sqrt(np.mean((a - b) ** 2)) <= 5e-3 * np.sqrt(np.mean(b**2))
+
+    def test_float64(self, form):
+        with jax.enable_x64(True):
+            self.compare(form, self.make(form, dtype="float64"), tolerance=1e-12)
+
+    def test_finite_differences(self, form):
+        with jax.enable_x64(True):
+            args = self.make(form, dtype="float64")
+            cotangents = cotangents_of(args)
+            _, gradients = self.run(form, args, cotangents)
+            along = {
+                name: rand((8, i), *x.shape, dtype="float64") for i, (name, x) in enumerate(args.items())
+            }
+
+            def value(sign):
+                moved = jax.tree.map(lambda x, d: x + sign * 1e-5 * d, args, along)
+                out, _ = self.run(form, moved, cotangents)
+                return sum(jnp.sum(x * d) for x, d in zip(out, cotangents, strict=True))
+
+            expected = sum(jnp.sum(gradients[name] * along[name]) for name in args)
+            assert abs((value(1) - value(-1)) / 2e-5 - expected) < 1e-6 * abs(expected)
+
+    @pytest.mark.exhaustive
+    @pytest.mark.parametrize(("T", "chunk_size"), [(200, 64), (130, 128), (1, None), (1100, None), (64, 16)])
+    def test_any_length_and_chunk(self, form, T, chunk_size):
+        args = self.make(form, T=T, rate=0.1)
+        self.compare(form, args, segment_ids=None, chunk_size=chunk_size, tolerance=5e-5)
+        args.pop("initial_state")
+        self.compare(form, args, segment_ids=None, chunk_size=chunk_size, tolerance=5e-5)
+
+    @pytest.mark.exhaustive
+    def test_many_tokens(self, form):
+        args = self.make(form, B=1, T=65536, N=1, K=1, Hk=4, Hv=4, rate=0.01)
+        self.compare(form, args, segment_ids=None, chunk_size=None, tolerance=1e-4)
+
+    def test_special_cases(self):
+        """One form of decay as another; keys that are orthonormal are recalled."""
+        forms = [form for form in self.forms if form[1] in ("none", "token")]
+        for kind, decay in forms:
+            args = self.make((kind, decay))
+            if decay == "none":
+                same = dict(args, log_decay=jnp.zeros((2,)))
+                other = (kind, "head")
+            else:
+                same = dict(args, log_decay=jnp.repeat(args["log_decay"][..., None], 8, -1))
+                other = (kind, "channel")
+            if other in self.forms:
+                (out, gradients), (others, theirs) = self.run((kind, decay), args), self.run(other, same)
+                assert_close(out, others)
+                assert_close(*({name: x[name] for name in "qkv"} for x in (gradients, theirs)))
+        if ("delta", "none") in self.forms:
+            args = self.make(("delta", "none"), T=37)
+            keys = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+            args["k"] = args["k"].at[:, :8].set(keys[:, None].astype("float32"))
+            args["beta"] = jnp.ones_like(args["beta"])
+            ids = np.where(np.arange(37) < 8, 0, -1) * np.ones((2, 1), int)
+            (_, state), _ = self.run(("delta", "none"), args, segment_ids=ids)
+            recalled = jnp.einsum("BKij,ti->BtKj", state, keys)
+            assert_close(recalled, args["v"][:, :8])
+
+
+def expand(x, like):
+    """With axes of one at its end, as many as `like` has."""
+    return x.reshape(*x.shape, *(1,) * (like.ndim - x.ndim))
