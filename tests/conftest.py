@@ -41,6 +41,17 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a Hopper GPU: make test-gpu")
 
 
+@pytest.fixture(scope="class")
+def quick_compiles():
+    """For tests whose programs run once, on tiny arrays: most of their time is compilation."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     """Keeps `gs://BUCKET/runs/` in memory; `bucket()` maps names of objects to their contents."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.linear_attention.spec import Inputs, form
+from blockjax.kernels.linear_attention.spec import Inputs, form, running_sums
 
 START = -256.0
 LONGEST = 256
@@ -18,8 +18,7 @@ class Rows(NamedTuple):
     """[B, K, chunks, C] float32, of log-decays g and their running sum G in a chunk.
 
     Attributes:
-      coarse, fine: G in two parts, whose differences are as exact as the terms: after a large decay a float32
-        sum has too few digits left for the small ones that follow.
+      coarse, fine: G in two parts, see `running_sums`.
       enter: e^G, how much of the state that enters a token sees; the last is what leaves of it.
       leave: e^(G_C - G), how much leaves of what a token writes.
       beta: of the delta rule, else None.
@@ -41,10 +40,8 @@ class Rows(NamedTuple):
             g = jnp.where(starts(inputs.documents)[..., None], START, g)
         g, beta = (None if x is None else cut(x, chunks, C) for x in (g, inputs.beta))
         after = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, 1)))[..., 1:]
-        coarse = jnp.round(g * 256) / 256
-        sums = jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)
         leave = jnp.exp(jax.lax.cumsum(after, 3, reverse=True))
-        return Rows(*sums, jnp.exp(jnp.cumsum(g, -1)), leave, beta)
+        return Rows(*running_sums(g, axis=-1), jnp.exp(jnp.cumsum(g, -1)), leave, beta)
 
 
 def cut(x: jax.Array, chunks: int, C: int) -> jax.Array:

@@ -96,6 +96,23 @@ def floor(dtype) -> float:
     return -1024.0 if dtype == jnp.float64 else -128.0
 
 
+def log_decays(inputs: "Inputs") -> jax.Array:
+    """Those of every token, [B, T, K, 1 | Hk]; zeros for none."""
+    x = inputs.log_decay
+    x = jnp.zeros((), wide(inputs.q.dtype)) if x is None else x
+    return x if x.ndim == 4 else jnp.broadcast_to(x, inputs.k.shape[:3])[..., None]
+
+
+def running_sums(log_decay: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The running sum along the tokens of a chunk in two parts, whose differences are as exact as the terms.
+
+    After a large decay a float32 sum has too few digits left for the small ones that follow. The first part
+    sums multiples of 2^-8, exactly: log-decays are at least `floor`, and chunks have at most 512 tokens.
+    """
+    coarse = jnp.round(log_decay * 256) / 256
+    return jnp.cumsum(coarse, axis=axis), jnp.cumsum(log_decay - coarse, axis=axis)
+
+
 def wide(dtype) -> jnp.dtype:
     """float32, in which states and decays are kept; float64 stays float64."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -7,7 +7,7 @@ op on the state that enters. Likewise for gradients, from the last device to the
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention import xla
-from blockjax.kernels.linear_attention.spec import Inputs, Options, wide
+from blockjax.kernels.linear_attention.spec import Inputs, Options, log_decays, wide
 
 from blockjax.affine import Affine
 
@@ -17,7 +17,7 @@ def forward(inputs: Inputs, options: Options) -> Affine:
     if options.kind == "delta":
         return xla.summary(inputs, options)
     with xla.precision(inputs.q.dtype):
-        g, dtype = _log_decay(inputs), wide(inputs.q.dtype)
+        g, dtype = log_decays(inputs), wide(inputs.q.dtype)
         last = None if inputs.documents is None else inputs.documents[:, -1:]
         after = jnp.pad(g, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, 1:]
         leave = _where(inputs, last, jnp.exp(jax.lax.cumsum(after, 1, reverse=True)))
@@ -33,17 +33,10 @@ def backward(inputs: Inputs, do: jax.Array, options: Options) -> jax.Array:
         return xla.summary_back(inputs, do, options)
     with xla.precision(inputs.q.dtype):
         dtype, (B, T, K, Hk) = wide(inputs.q.dtype), inputs.k.shape
-        enter = _where(inputs, 0, jnp.exp(jnp.cumsum(_log_decay(inputs), axis=1)))
+        enter = _where(inputs, 0, jnp.exp(jnp.cumsum(log_decays(inputs), axis=1)))
         q = enter[..., None, :] * inputs.q.reshape(B, T, K, -1, Hk).astype(dtype)
         do = do.reshape(*q.shape[:-1], -1).astype(dtype)
         return options.scale * jnp.einsum("BTKGi,BTKGj->BKij", q, do)
-
-
-def _log_decay(inputs: Inputs) -> jax.Array:
-    """[B, T, K, 1 | Hk]."""
-    x = inputs.log_decay
-    x = jnp.zeros((), wide(inputs.q.dtype)) if x is None else x
-    return x if x.ndim == 4 else jnp.broadcast_to(x, inputs.k.shape[:3])[..., None]
 
 
 def _where(inputs: Inputs, document, weights: jax.Array) -> jax.Array:

@@ -111,19 +111,11 @@ MASKS = {
 }
 
 
+@pytest.mark.usefixtures("quick_compiles")
 class AttentionSuite:
     implementation: ClassVar[str]
     shapes: ClassVar = dict(H=8, Hv=8, dtype="float32")
     """Of `make`, where a test does not name others."""
-
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def quick_compiles(cls):
-        """Compilation is most of this suite's time; what is compiled runs once, on tiny arrays."""
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
     def make(self, seed, mask, **shapes):
         return make(seed, mask, **self.shapes | shapes)

@@ -109,17 +109,9 @@ def exhaustive_but(*kept):
     return decorate
 
 
+@pytest.mark.usefixtures("quick_compiles")
 class DepthMixSuite:
     implementation: ClassVar[str]
-
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def quick_compiles(cls):
-        """Compilation is most of this suite's time."""
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
     def compare_read(self, sources, queries, tolerance=2e-5, **options):
         ours = run_read(self.implementation, sources, queries, **options)

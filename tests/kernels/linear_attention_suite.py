@@ -89,6 +89,7 @@ COMPILES = "test_bfloat16", "test_float64", "test_finite_differences", "test_dec
 """Tests with a program of their own; all others run the same one."""
 
 
+@pytest.mark.usefixtures("quick_compiles")
 class LinearAttentionSuite:
     """`forms` are the pairs of kind and form of log-decay that the backend serves."""
 
@@ -104,15 +105,6 @@ class LinearAttentionSuite:
             few = self.few if metafunc.function.__name__ in COMPILES else self.forms
             marked = [pytest.param(form, marks=() if form in few else EXHAUSTIVE) for form in self.forms]
             metafunc.parametrize("form", marked, ids=["-".join(form) for form in self.forms])
-
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def quick_compiles(cls):
-        """Compilation is most of this suite's time."""
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
     def run(self, form, args, cotangents=None, segment_ids=IDS, implementation=None, chunk_size=16):
         implementation = implementation or self.implementation

@@ -21,13 +21,7 @@ IDS = np.repeat([[0, 4, 5, -1, 2, 3]], 2, 0).repeat([5, 30, 2, 3, 31, 6], axis=1
 IDS[1] = [0] * 60 + [1] * 17
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Compilation is most of the time of these tests."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def mesh_of(**axes):

@@ -1,8 +1,7 @@
 """Pallas Mosaic TPU: chunks one after the other, the states of a few heads in vector memory.
 
 The backward pass first walks over the states again, writing the one before each chunk, then from the last
-chunk to the first with the gradients of states. Nothing is kept between forward and backward.
-
+chunk to the first with the gradients of states. Of the delta rule the inverses are kept for it, else nothing.
 """
 
 from dataclasses import dataclass

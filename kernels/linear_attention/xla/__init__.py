@@ -5,7 +5,7 @@ Everything is computed in float32 (float64 stays float64). Formulas: `chunks.py`
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec, form, wide
+from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec, form, log_decays, wide
 from blockjax.kernels.linear_attention.xla import chunks
 from blockjax.kernels.linear_attention.xla.chunks import Chunks
 from blockjax.kernels.platforms import vary, varying_axes
@@ -17,7 +17,7 @@ CHUNK = 64
 SPAN = 1024
 """Tokens of a span, at most: the backward pass recomputes the states within."""
 LONGEST = 512
-"""Tokens of a chunk, at most: see `decays.running_sums`."""
+"""Tokens of a chunk, at most: see `running_sums`."""
 
 
 def supports(spec: Spec) -> str | None:
@@ -132,14 +132,7 @@ class Cut:
             documents = documents.transpose(1, 2, 0, 3, 4, 5)
             last = documents[..., -1:].reshape(-1, *documents.shape[2:5], 1)
             before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]]).reshape(*documents.shape[:5], 1)
-        return Chunks(q * self.scale, k, v, self.log_decay(inputs), beta, documents, before)
-
-    def log_decay(self, inputs: Inputs) -> jax.Array:
-        """[spans, n, B, K, 1, C, 1 | Hk], zeros for none."""
-        x, shape = inputs.log_decay, inputs.k.shape[:3]
-        x = jnp.zeros((), wide(self.dtype)) if x is None else x
-        x = x if x.ndim == 4 else jnp.broadcast_to(x, shape)[..., None]
-        return self.cut(x, shape[2])
+        return Chunks(q * self.scale, k, v, self.cut(log_decays(inputs), K), beta, documents, before)
 
     def state(self, inputs: Inputs) -> jax.Array:
         """[B, K, 1, Hk, Hv]."""

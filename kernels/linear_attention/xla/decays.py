@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels.linear_attention.spec import running_sums
 
 ROWS = 16
 """Of a sub-block whose decays per channel are computed pair by pair, as in KDA (arXiv:2510.26692)."""
@@ -50,7 +51,7 @@ class Decays:
             total = jnp.where((last == before)[..., None], total, -jnp.inf)
         weights = jnp.exp(prefix), jnp.exp(suffix), jnp.exp(total).swapaxes(-1, -2)
         kind = TokenDecays if log_decay.shape[-1] == 1 else ChannelDecays
-        return kind(*weights, visible, running_sums(log_decay))
+        return kind(*weights, visible, running_sums(log_decay, axis=-2))
 
     def difference(self, a: slice, b: slice) -> jax.Array:
         """G_i - G_j of tokens i in a and j in b, as many or one: [..., tokens, 1 | Hk]."""
@@ -141,13 +142,3 @@ class ChannelDecays(Decays):
         parts = [x[..., low:high, :] for x in self.sums]
         exponent = sum(x[..., :, None, :] - x[..., None, :, :] for x in parts)
         return jnp.exp(jnp.where(self.visible[..., low:high, low:high, None], exponent, -jnp.inf))
-
-
-def running_sums(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The running sum along the tokens of a chunk in two parts, whose differences are as exact as the terms.
-
-    After a large decay a float32 sum has too few digits left for the small ones that follow. The first part
-    sums multiples of 2^-8, exactly: log-decays are at least `floor`, and chunks have at most 512 tokens.
-    """
-    coarse = jnp.round(log_decay * 256) / 256
-    return jnp.cumsum(coarse, axis=-2), jnp.cumsum(log_decay - coarse, axis=-2)
