@@ -2,7 +2,7 @@ CONFIG = configs/quickstart.py
 RUN    = runs/quickstart
 EXTRAS = dev
 ARGS   =
-TESTS  = not exhaustive
+TESTS  = not exhaustive and not reliability
 
 PYTHON  = .venv/bin/python
 INSTALL = @./venv.sh .venv -e '.[$(EXTRAS)]'
@@ -10,13 +10,14 @@ INSTALL = @./venv.sh .venv -e '.[$(EXTRAS)]'
 LIBTPU  = @test -e .libtpu/libtpu/libtpu.so \
 	|| $(PYTHON) -m pip install -qq --retries=1 --no-deps --target=.libtpu libtpu==0.0.52 \
 	|| echo "libtpu could not be installed: the tests that compile for TPUs are skipped."
-.PHONY: help train test test-all test-oldest test-gpu lint clean
+.PHONY: help train test test-all test-oldest test-reliability test-gpu lint clean
 
 help:
 	@echo "make train         trains $(CONFIG) in $(RUN), or continues it"
 	@echo "make test          runs the tests"
 	@echo "make test-all      runs more cases of the TPU kernels too"
 	@echo "make test-oldest   runs them with the oldest JAX that is supported"
+	@echo "make test-reliability ends, damages and fuzzes training jobs, for an hour"
 	@echo "make test-gpu      runs those that need a Hopper GPU, with EXTRAS=dev,cuda"
 	@echo "make lint          checks style and formatting"
 	@echo "make clean         removes environments and caches, not data/ and runs/"
@@ -43,6 +44,9 @@ test-oldest:
 	@./venv.sh .venv-oldest -e '.[dev]' jax==0.11.2 jaxlib==0.11.2
 	$(LIBTPU)
 	@$(PYTHON) -m pytest -n 2 -m "$(TESTS)" $(ARGS)
+
+test-reliability:
+	@$(MAKE) --no-print-directory test TESTS=reliability
 
 test-gpu: EXTRAS = dev,cuda
 test-gpu:

@@ -13,17 +13,29 @@ from blockjax.arguments import typed
 from blockjax.errors import UsageError, nearest
 from blockjax.train.config import ConfigDict, flatten, load_config
 from blockjax.train.display import quiet
+from blockjax.train.endings import Diverged, Hung, Preempted
 
 NO_CONFIG = "No config: name a file with --config=configs/NAME.py."
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses flags and calls `main()`; leaves with code 2 on a `UsageError`, 130 on Ctrl-C."""
+    """Parses flags and calls `main()`; leaves with code 2 on a `UsageError`, 130 on Ctrl-C.
+
+    Endings of a training job have codes of their own, in `train.endings`.
+    """
+    ending(lambda: app.run(lambda _: _quietly(main), flags_parser=_parse))
+
+
+def ending(main: Callable[[], None]) -> None:
+    """Calls `main()` and turns how it ends into a sentence and an exit code, as `run` says."""
     try:
-        app.run(lambda _: _quietly(main), flags_parser=_parse)
+        main()
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (Preempted, Hung, Diverged) as end:
+        print(end, file=sys.stderr)
+        sys.exit(end.exit_code)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

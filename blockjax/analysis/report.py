@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import statistics
 from typing import NamedTuple
 
@@ -100,13 +101,13 @@ def look(run: Run) -> tuple[Findings, np.ndarray]:
 
 
 def mask_pictures(run: Run) -> dict[str, Picture]:
-    """The mask of each kind of layer; of `MOST_MASKS` from the first to the last if there are more."""
-    groups = layer_groups(run)
+    """The mask of each kind of layer that has one; of `MOST_MASKS` from the first to the last if more."""
+    groups = [(spec, layers) for spec, layers in layer_groups(run) if spec.attends]
     if len(groups) > MOST_MASKS:
         groups = [groups[round(i)] for i in np.linspace(0, len(groups) - 1, MOST_MASKS)]
     pictures = {}
     for spec, layers in groups:
-        name = f"mask_{str(spec).replace(',', '').replace(' ', '_')}.png"
+        name = f"mask_{re.sub(r'[^a-z0-9.]+', '_', str(spec))}.png"
         mask = spec.mask(run.config.data.seq_len, run.model.config.attention_block)
         pictures[name] = Picture(mask.plot(), f"{spec}: {layers}")
     return pictures
@@ -115,17 +116,21 @@ def mask_pictures(run: Run) -> dict[str, Picture]:
 def inside_pictures(run: Run, found: Findings, tokens: np.ndarray) -> Sections:
     """Locality of every layer, and depth weights if the model has them."""
     m = run.model.config
-    windows = [None if spec.full else spec.window for spec in m.layers()]
-    locality = Picture(
-        plot_locality(found.attention._asdict(), windows if any(windows) else None),
-        f"Attention of each layer on a validation batch, {QUERIES} sampled queries a sequence. "
-        f"Local keys: {m.nearest}.",
-    )
-    sections = {"Locality": {"locality.png": locality}}
+    sections = {}
+    if found.attention is not None:
+        specs = [spec for spec in m.layers() if spec.mixer is None]
+        windows = [None if spec.full else spec.window for spec in specs]
+        locality = Picture(
+            plot_locality(found.attention._asdict(), windows if any(windows) else None),
+            f"Each layer of attention on a validation batch, {QUERIES} sampled queries a sequence. "
+            f"Local keys: {m.nearest}.",
+        )
+        sections["Locality"] = {"locality.png": locality}
     if found.depth_weights is None:
         return sections
     residual, (readers, heads, sources) = m.residual_rule, found.depth_weights.shape
-    sublayers = [f"{('attention', 'MLP')[s % 2]} {s // 2}" for s in range(residual.sublayers)]
+    kinds = ["attention" if spec.mixer is None else spec.mixer.kind for spec in m.layers()]
+    sublayers = [f"{kind} {layer}" for layer, mixer in enumerate(kinds) for kind in (mixer, "MLP")]
     blocks = sublayers if residual.size == 1 else [f"block {b}" for b in range(residual.blocks)]
     columns, rows = ["embedding", *blocks][:sources], [*sublayers, "output head"][:readers]
     each = rows if heads == 1 else [f"{row}, head {head}" for row in rows for head in range(heads)]
@@ -153,11 +158,11 @@ def prompts(run: Run) -> list[str]:
 
 
 def layer_groups(run: Run) -> list[tuple]:
-    """Distinct rows of the layer table, each with the layers that have it in words."""
+    """Distinct kinds of layers, each with the layers of it in words."""
     table = run.model.config.layers()
     groups = []
-    for spec in dict.fromkeys(table):
-        layers = [str(i) for i, other in enumerate(table) if other == spec]
+    for spec in {str(spec): spec for spec in table}.values():
+        layers = [str(i) for i, other in enumerate(table) if str(other) == str(spec)]
         groups.append((spec, f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"))
     return groups
 
@@ -183,6 +188,7 @@ def render(run: Run, lines: list[dict], sections: Sections, samples: list[tuple[
         "model": f"{m.num_params():,} parameters: {m.depth} layers, width {m.width}, "
         f"{m.heads} heads of {m.head_dim}"
         + "".join(f", {text}" for text in (m.locality, m.residual) if text),
+        "layers": "; ".join(f"{spec}: {layers}" for spec, layers in layer_groups(run)),
         "optimizer": f"{c.optimizer.name}, peak learning rate {c.optimizer.learning_rate:g}, "
         f"{c.optimizer.schedule}",
         "corpus": f"{record['corpus']['name']}, digest `{record['corpus']['digest'][:16]}`",

@@ -170,7 +170,11 @@ def _declared_end(path: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text()).get("eos_token")
-    except ValueError as error:
+        content = json.loads(config.read_text())
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{config} is not JSON: {error}") from error
-    return token["content"] if isinstance(token, dict) else token
+    token = content.get("eos_token") if isinstance(content, dict) else content
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None) or not isinstance(content, dict):
+        raise UsageError(f"{config} is not a tokenizer's configuration: its eos_token is no text.")
+    return token

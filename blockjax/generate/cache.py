@@ -91,7 +91,12 @@ class KVCache:
 
 
 def cache_size(spec: LayerSpec, max_tokens: int, boundaries: Boundaries | None) -> int:
-    """C of a layer for sequences of at most `max_tokens`; `boundaries` are of segments, if it has any."""
+    """C of a layer for sequences of at most `max_tokens`; `boundaries` are of segments, if it has any.
+
+    Recurrent layers have a memory of their own and no cache: 0.
+    """
+    if spec.mixer is not None:
+        return 0
     if boundaries is not None:
         return min(spec.group * boundaries.limits[1], max_tokens)
     return max_tokens if spec.full else min(spec.window, max_tokens)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from blockjax.errors import UsageError
 from blockjax.generate.cache import KVCache, cache_size
 from blockjax.locality import SegmentState
 from blockjax.models import LayerSpec, Transformer, TransformerConfig
-from blockjax.models.layer_spec import unstack
 from blockjax.models.transformer import Block
 from blockjax.parallel.mesh import constrain
+from blockjax.recurrence import Past
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ Layers = Sequence[tuple[Block, LayerSpec]]
 
 
 class Memory(NamedTuple):
-    """What decoding remembers: a cache a layer, and where segments are, if there are any."""
+    """What decoding remembers: a cache or a recurrent memory a layer, and where segments are, if any."""
 
-    caches: list[KVCache]
+    caches: list[Any]
     segments: SegmentState | None
 
 
@@ -94,23 +94,26 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     documents = jnp.where(positions < lengths[:, None], 0, -1)
-    boundaries, segments, state, caches = model.config.local_rule.boundaries, None, None, []
+    boundaries, segments, state, caches = model.config.local_rule.boundaries, None, None, {}
     if boundaries is not None:
         segments, state = boundaries.prompt(tokens, lengths, model.embedding[...])
 
-    def attends():
-        for (_, spec), size in zip(layers, sizes, strict=True):
+    def sees():
+        for i, ((_, spec), size) in enumerate(zip(layers, sizes, strict=True)):
+            if spec.mixer is not None:
+                yield Past(None, documents, True, spec.layer)
+                continue
             inner = model.attend(spec, spec.ids(documents, segments))
 
-            def attend(q, k, v, inner=inner, size=size):
-                caches.append(KVCache.from_prompt(k, v, lengths, segments, size))
+            def attend(q, k, v, i=i, inner=inner, size=size):
+                caches[i] = KVCache.from_prompt(k, v, lengths, segments, size)
                 return inner(q, k, v)
 
             yield attend
 
-    hidden = model.run_layers(model.embed(tokens), model.rope(positions), layers, attends())
+    hidden, memories = model.run_layers(model.embed(tokens), model.rope(positions), layers, sees())
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return model.logits(last)[:, 0], Memory(caches, state)
+    return model.logits(last)[:, 0], Memory([caches.get(i, x) for i, x in enumerate(memories)], state)
 
 
 def decode(
@@ -126,23 +129,27 @@ def decode(
     Returns:
       Logits [B, V] float32 of the next token, and the memory with this one in it.
     """
-    config, caches = model.config, []
+    config, caches = model.config, {}
     segments, state = None, memory.segments
     if state is not None:
         segments, state = config.local_rule.boundaries.step(state, tokens, model.embedding[...])
 
-    def attends():
-        for (_, spec), cache in zip(layers, memory.caches, strict=True):
+    def sees():
+        for i, ((_, spec), cache) in enumerate(zip(layers, memory.caches, strict=True)):
+            if spec.mixer is not None:
+                yield Past(cache, None, True, spec.layer)
+                continue
 
-            def attend(q, k, v, spec=spec, cache=cache):
-                caches.append(cache.append(k, v, positions, segments))
+            def attend(q, k, v, i=i, spec=spec, cache=cache):
+                caches[i] = cache.append(k, v, positions, segments)
                 block, soft_cap = config.attention_block, config.soft_cap or None
-                return caches[-1].attend(q, spec, positions, block=block, soft_cap=soft_cap)
+                return caches[i].attend(q, spec, positions, block=block, soft_cap=soft_cap)
 
             yield attend
 
-    hidden = model.run_layers(model.embed(tokens[:, None]), model.rope(positions[:, None]), layers, attends())
-    return model.logits(hidden)[:, 0], Memory(caches, state)
+    x, rope = model.embed(tokens[:, None]), model.rope(positions[:, None])
+    hidden, memories = model.run_layers(x, rope, layers, sees())
+    return model.logits(hidden)[:, 0], Memory([caches.get(i, x) for i, x in enumerate(memories)], state)
 
 
 def generate(
@@ -228,7 +235,7 @@ def _generate(settings: Settings, params, tokens, lengths, key, table: LayerSpec
     model = nnx.merge(settings.graph, params)
     layers = list(model.layers())
     if table is not None:
-        layers = [(block, unstack(table, i)) for i, (block, _) in enumerate(layers)]
+        layers = [(block, spec) for (block, _), spec in zip(layers, model.config.rows(table), strict=True)]
     logits, memory = prefill(model, layers, tokens, lengths, settings.cache_sizes)
 
     def draw(logits: jax.Array, i: jax.Array) -> jax.Array:

@@ -78,9 +78,9 @@ class BlockMask:
     def window(T: int, S: int | None = None, *, left, right=0, **geometry) -> "BlockMask":
         """Keys at `pq - left < pk <= pq + right`; `left` counts the query itself and may be traced."""
         for name, value in (("left", left), ("right", right)):
-            if is_concrete(value) and not 0 <= value <= FAR:
+            if is_concrete(value) and not (_is_integer(value) and 0 <= value <= FAR):
                 raise UsageError(
-                    f"A window needs 0 <= {name} <= {FAR}, got {name}={value}; it is a distance."
+                    f"A window needs an integer 0 <= {name} <= {FAR}, got {name}={value}; it is a distance."
                 )
         if is_concrete((left, right)) and left + right < 1:
             raise UsageError(
@@ -91,8 +91,8 @@ class BlockMask:
     @staticmethod
     def chunked(T: int, S: int | None = None, *, size, **geometry) -> "BlockMask":
         """Keys in the query's own chunk of `size` positions, both directions; `& causal` for one."""
-        if is_concrete(size) and size < 1:
-            raise UsageError(f"A chunk needs at least one token, got size={size}.")
+        if is_concrete(size) and not (_is_integer(size) and 1 <= size <= FAR):
+            raise UsageError(f"A chunk needs at least one token, and at most {FAR}, got size={size}.")
         return BlockMask.from_predicate(Chunked(size), T, S, **geometry)
 
     @staticmethod
@@ -463,10 +463,16 @@ class Lists(BlockMask):
         return f"lists [{b}, {h}] of {' | '.join(map(repr, self.predicates))}"
 
 
+def _is_integer(value) -> bool:
+    return np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer)
+
+
 def _geometry(T, S, bq, bk, q_offset, kv_offset) -> BlockMask:
     for name, value in (("T", T), ("S", S), ("bq", bq), ("bk", bk)):
         if not isinstance(value, int | np.integer) or value < 1:
             raise UsageError(f"{name} must be a positive integer known before tracing, got {name}={value!r}.")
+        if value > FAR:
+            raise UsageError(f"{name}={value} is more than the {FAR} that positions in int32 allow.")
     return BlockMask(
         T=int(T), S=int(S), bq=int(bq), bk=int(bk), q_offset=_normal(q_offset), kv_offset=_normal(kv_offset)
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from blockjax.arguments import parse_choice
 from blockjax.depth import Residual
 from blockjax.errors import UsageError, nearest
 from blockjax.locality import Locality
@@ -18,6 +19,7 @@ from blockjax.masks.predicates import array_module
 from blockjax.models.layer_spec import LayerSpec, unstack
 from blockjax.parallel.layouts import LAYOUTS, Layout
 from blockjax.parallel.schedules import SCHEDULES
+from blockjax.recurrence import MIXERS, num_params
 
 DTYPES = ("float32", "bfloat16", "float64")  # the last to compare with oracles
 STACKS = ("scan", "bucket", "unroll")
@@ -34,8 +36,9 @@ class TransformerConfig:
       heads, kv_heads, head_dim: N, K, H. N is a multiple of K (grouped-query attention).
       ffn: F, inner width of the SwiGLU.
       pattern: one period of the layer table, repeated and cut to `depth`:
-        comma-separated `full` or a window in tokens, each with an optional
-        count, for example `512*3,full`.
+        comma-separated `full`, a window in tokens, or a recurrent layer of
+        `recurrence.MIXERS` with options after a colon, each with an optional
+        count, for example `512*3,full` or `lightning:decay=fla/scale=0.1*3,512`.
       locality: instead of windows in `pattern`, a schedule of locality over
         depth such as `beta:5` or `beta:5,mode=segment`; see `locality.Locality`.
       residual: how layers read what earlier ones wrote, such as `prenorm` or
@@ -106,7 +109,10 @@ class TransformerConfig:
         for key, choices in (*names, ("run.layout", LAYOUTS)):
             if (value := getattr(self, key.partition(".")[2])) not in choices:
                 raise UsageError(f"{key}={value!r} must be {' or '.join(map(repr, choices))}.")
-        windows = [spec for spec in parse_pattern(self.pattern) if not spec.full]
+        specs = parse_pattern(self.pattern)
+        for mixer in {spec.mixer: None for spec in specs if spec.mixer}:
+            mixer.check(self)
+        windows = [spec for spec in specs if spec.mixer is None and not spec.full]
         if self.locality and windows:
             raise UsageError(
                 f"model.pattern={self.pattern!r} and model.locality={self.locality!r} both set windows; "
@@ -124,6 +130,11 @@ class TransformerConfig:
         """The layers of one period; what a scan step runs."""
         return parse_pattern(self.pattern)[: self.depth]
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether there are recurrent layers."""
+        return any(spec.mixer is not None for spec in self.period)
+
     @functools.cached_property
     def local_rule(self) -> Locality:
         """The schedule and mode of `locality`."""
@@ -138,8 +149,13 @@ class TransformerConfig:
         """Which tokens of a sequence lie on each of `devices`, in blocks as large as those of attention.
 
         Raises:
-          UsageError: they do not divide.
+          UsageError: they do not divide, or layers are recurrent.
         """
+        if self.recurrent:
+            raise UsageError(
+                f"model.pattern={self.pattern!r} has recurrent layers, which need whole sequences on a "
+                f"device: set mesh.seq=1, not {devices}; mesh.data, fsdp and tensor may cut the model."
+            )
         chunks = devices * (2 if self.layout == "zigzag" else 1)
         block = max(1, min(self.attention_block, tokens // chunks))
         if tokens % (chunks * block):
@@ -152,7 +168,7 @@ class TransformerConfig:
         return Layout.of(self.layout, tokens, devices, block, masks)
 
     def table(self, locality: jax.Array | np.ndarray | float | None = None) -> LayerSpec | None:
-        """The layer table with arrays [L] as columns; None where `pattern` sets it.
+        """What differs between layers of one row of `pattern`, as columns [L]; None where nothing does.
 
         Args:
           locality: of every layer or of all, possibly traced; defaults to the schedule's.
@@ -160,9 +176,12 @@ class TransformerConfig:
         Raises:
           UsageError: a locality for a model without one, or for another number of layers.
         """
+        columns = {}
+        if any(spec.mixer is not None and spec.mixer.by_depth for spec in self.period):
+            columns["layer"] = np.arange(self.depth, dtype=np.int32)
         if not self.locality:
             if locality is None:
-                return None
+                return LayerSpec(**columns) if columns else None
             raise UsageError(
                 "The model has no locality to move; give it one, such as model.locality='constant:0'."
             )
@@ -173,7 +192,8 @@ class TransformerConfig:
                 f"locality of shape {np.shape(locality)} must be one number or [{self.depth}], one a layer."
             )
         xp = array_module(locality)
-        return LayerSpec(**self.local_rule.columns(xp.broadcast_to(xp.asarray(locality), (self.depth,))))
+        locality = xp.broadcast_to(xp.asarray(locality), (self.depth,))
+        return LayerSpec(**columns, **self.local_rule.columns(locality))
 
     @property
     def nearest(self) -> LayerSpec:
@@ -184,33 +204,56 @@ class TransformerConfig:
 
     def layers(self, locality: Sequence[float] | float | None = None) -> tuple[LayerSpec, ...]:
         """The layer table, one row per layer, in numbers; `locality` as in `table`."""
-        table, period = self.table(locality), self.period
+        return self.rows(self.table(locality))
+
+    def rows(self, table: LayerSpec | None) -> tuple[LayerSpec, ...]:
+        """One row per layer, from the columns of `table`."""
+        rows = [self.period[i % len(self.period)] for i in range(self.depth)]
         if table is None:
-            return tuple(period[i % len(period)] for i in range(self.depth))
-        return tuple(unstack(table, i) for i in range(self.depth))
+            return tuple(rows)
+        return tuple(row.with_columns(unstack(table, i)) for i, row in enumerate(rows))
 
     def num_params(self, *, embedding: bool = True) -> int:
         """Number of parameters; without the input embedding if it is not the head too."""
         attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
-        gains = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
-        layers = self.depth * (attention + 3 * self.width * self.ffn + gains)
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        mixers = [spec.mixer for spec in self.layers()]
+        layers = sum(attention if mixer is None else num_params(mixer, self) for mixer in mixers)
+        layers += self.depth * (3 * self.width * self.ffn + 2 * self.width)
         tables = self.vocab_size * self.width * (1 if self.tied or not embedding else 2)
         return layers + tables + self.width + self.residual_rule.num_params(self.width)
 
 
 def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
-    """Reads `512*3,full` as three layers with a window of 512 and one without."""
+    """Reads `512*3,full` as three layers with a window of 512 and one without.
+
+    Raises:
+      UsageError: a part that is neither, nor a recurrent layer, or an option that its kind does not have.
+    """
     specs = []
-    for part in pattern.split(","):
-        match = re.fullmatch(r"(full|[1-9]\d*)(?:\*([1-9]\d*))?", part.strip())
-        if not match:
+    for part in map(str.strip, pattern.split(",")):
+        match = re.fullmatch(r"(full|[1-9]\d*|([a-z]+)(?::([^*]*))?)(?:\*([1-9]\d*))?", part)
+        if not match or match[2] not in (None, "full", *MIXERS):
             raise UsageError(
-                f"model.pattern={pattern!r}: cannot read {part.strip()!r}. "
-                "Write 'full' or a window in tokens, each with an optional count, such as '512*3,full'."
+                f"model.pattern={pattern!r}: cannot read {part!r}. Write 'full', a window in tokens, or a "
+                f"recurrent layer ({', '.join(MIXERS)}) with options such as 'lightning:decay=fla', "
+                f"each with an optional count, such as '512*3,full'.{nearest(part, ('full', *MIXERS))}"
             )
-        window = None if match[1] == "full" else int(match[1])
-        specs += [LayerSpec(window)] * int(match[2] or 1)
+        if match[1] == "full":
+            spec = LayerSpec()
+        elif match[2]:
+            defaults = {name: _defaults(mixer) for name, mixer in MIXERS.items()}
+            text = f"{match[2]}:{(match[3] or '').replace('/', ',')}"
+            kind, options = parse_choice(text, defaults, name="model.pattern")
+            spec = LayerSpec.recurrent(MIXERS[kind](**options))
+        else:
+            spec = LayerSpec(int(match[1]))
+        specs += [spec] * int(match[4] or 1)
     return tuple(specs)
+
+
+def _defaults(mixer: type) -> dict:
+    return {field.name: field.default for field in dataclasses.fields(mixer)}
 
 
 def _size(

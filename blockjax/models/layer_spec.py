@@ -1,4 +1,4 @@
-"""One row of the layer table: what a layer sees."""
+"""One row of the layer table: what kind of layer it is, and what it sees."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from blockjax.kernels.block_sparse_attention import DistanceBias
 from blockjax.masks import BlockMask, Causal, Predicate, Window
 from blockjax.masks.predicates import FAR, is_concrete
+from blockjax.recurrence import Mixer
 
 
 @jax.tree_util.register_dataclass
@@ -25,11 +26,32 @@ class LayerSpec:
       window: tokens that a query sees, itself included; `FAR` is all.
       group: segments that see each other: those with the same segment // group.
       slope: nats that a key loses for each token of distance.
+      layer: index of the layer, where its mixer depends on it.
+      mixer: options of a recurrent layer; None is attention.
     """
 
     window: int | jax.Array | None = None
     group: int | jax.Array | None = None
     slope: float | jax.Array | None = None
+    layer: int | jax.Array | None = None
+    mixer: Mixer | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+    @classmethod
+    def recurrent(cls, mixer: Mixer) -> LayerSpec:
+        """The row of a recurrent layer."""
+        return cls(window=mixer.window, mixer=mixer)
+
+    @property
+    def attends(self) -> bool:
+        """Whether tokens see each other directly."""
+        return self.mixer is None or self.mixer.window is not None
+
+    def with_columns(self, row: LayerSpec) -> LayerSpec:
+        """This row of a period in the layer that has `row` of the table, which is of no kind."""
+        if self.mixer is not None:
+            return dataclasses.replace(self, layer=row.layer) if self.mixer.by_depth else self
+        columns = {name: getattr(row, name) for name in ("window", "group", "slope")}
+        return dataclasses.replace(self, **{k: x for k, x in columns.items() if x is not None})
 
     @property
     def full(self) -> bool:
@@ -88,12 +110,12 @@ class LayerSpec:
         return seen
 
     def __str__(self) -> str:
-        parts = []
+        parts = [] if self.mixer is None else [str(self.mixer)]
         if self.group is not None and self.group < FAR:
             parts.append("own segment" if self.group == 1 else f"own {self.group} segments")
         if self.slope:
             parts.append(f"bias {self.slope:.3g} a token")
-        if not self.full:
+        if not self.full and self.mixer is None:
             parts.append(f"window {self.window}")
         return ", ".join(parts) or "full causal"
 

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import Stream
 from blockjax.errors import UsageError
-from blockjax.masks.predicates import is_concrete, same
+from blockjax.masks.predicates import is_concrete
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec, unstack
 from blockjax.parallel.mesh import constrain
@@ -53,6 +53,7 @@ def plan(config: TransformerConfig, table: LayerSpec | None) -> list[Stage]:
             "model.stack='bucket' compiles the layer table into the program, so its locality cannot move; "
             "use model.stack='scan'."
         )
+    rows = config.rows(table) if buckets else ()
     stages, layer = [], 0
     while layer < config.depth:
         repeats = 0
@@ -60,7 +61,9 @@ def plan(config: TransformerConfig, table: LayerSpec | None) -> list[Stage]:
             room = (residual.end(2 * layer) - 2 * layer) // 2
             repeats = max(0, min(room, stacked - layer)) // period
         if buckets:
-            equal = [same(unstack(table, layer), unstack(table, i)) for i in range(layer, layer + repeats)]
+            first = rows[layer : layer + period]
+            starts = range(layer, layer + repeats * period, period)
+            equal = [rows[i : i + period] == first for i in starts]
             repeats = equal.index(False) if False in equal else repeats
         stages.append(Stage(layer, repeats))
         layer += repeats * period or 1
@@ -71,29 +74,36 @@ def run(
     model,
     stream: Stream,
     rope: tuple[jax.Array, jax.Array],
-    attend: Callable[[LayerSpec, list], Callable],
+    see: Callable[[LayerSpec, list, Any], Any],
     table: LayerSpec | None,
     remat: Callable[[Callable], Callable],
-) -> list[Any]:
+    memory: dict | None = None,
+) -> tuple[list[Any], dict | None]:
     """Sends the stream through all layers of a `Transformer`.
 
     Args:
-      attend: gives the attention of a row of the layer table; it may append to the list what it saw.
+      see: gives what the mixer of a row of the layer table is handed; of an attention, it may append to the
+        list what it saw. Its last argument is the memory of a recurrent layer, None without one.
       table: as in `plan`.
       remat: wraps what a backward pass may recompute.
+      memory: from `Transformer.memory`, or None.
 
     Returns:
-      What `attend` appended in each stage, leaves [layers of the stage, ...].
+      What `see` appended in each stage, leaves [layers of the stage that append, ...], None where none did;
+      and the memory after the last token.
     """
     config, period = model.config, len(model.config.period)
     stages = plan(config, table)
     graph, stacked = nnx.split(model.periods)
-    pieces, found = _cut(stages, config, stacked), []
+    given = memory or {"periods": {}, "tail": {}}
+    before = jax.tree.map(lambda x: x.swapaxes(0, 1), given["periods"])
+    pieces, found, after = _cut(stages, config, (stacked, before)), [], {}
     size = stream.residual.size
     stream.scanned = frozenset(2 * stage.first // size for stage in stages if stage.repeats)
 
     def spec_of(layer: int) -> LayerSpec:
-        return config.period[layer % period] if table is None else unstack(table, layer)
+        spec = config.period[layer % period]
+        return spec if table is None else spec.with_columns(unstack(table, layer))
 
     for group in _groups(stages, stream):
         stage, first = group[0], group[0].first
@@ -108,35 +118,57 @@ def run(
                 shape = (stage.repeats, period)
                 columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
             specs = [spec_of(first + i) for i in range(period)]
-            body = functools.partial(_period, remat, (graph, specs, stream, rope, attend))
+            body = functools.partial(_period, remat, (graph, specs, stream, rope, see))
             scan = functools.partial(_scan, body, stage, period, stream)
-            stream.partial, (own, seen) = outer(scan)(stream.carry(), pieces[stage], columns)
+            stream.partial, (own, seen, kept) = outer(scan)(stream.carry(), pieces[stage], columns)
             own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
             stream.note(own)
+            for slot, leaves in kept.items():
+                after.setdefault(("periods", slot), []).append(leaves)
         else:
-            seen, sublayers = [], []
+            seen, sublayers, names = [], [], []
             for i in range(first, first + layers):
-                blocks = model.tail
-                if Stage(i, 0) in pieces:
-                    blocks = nnx.merge(graph, jax.tree.map(lambda a: a[0], pieces[Stage(i, 0)]))
-                sublayers.append(blocks[f"slot_{i % period}"].sublayers(rope, attend(spec_of(i), seen)))
-            stream.partial = outer(functools.partial(_unrolled, stream, first, sublayers, remat))(
-                stream.partial
-            )
+                slot, blocks, own = f"slot_{i % period}", model.tail, given["tail"]
+                whole = Stage(i, 0) in pieces
+                if whole:
+                    params, own = jax.tree.map(lambda a: a[0], pieces[Stage(i, 0)])
+                    blocks = nnx.merge(graph, params)
+                names.append(("periods" if whole else "tail", slot))
+                sublayers.append(blocks[slot].sublayers(rope, see(spec_of(i), seen, own.get(slot))))
+            unrolled = functools.partial(_unrolled, stream, first, sublayers, remat)
+            stream.partial, kept = outer(unrolled)(stream.partial)
+            for name, leaves in zip(names, kept, strict=True):
+                if leaves is not None:
+                    after.setdefault(name, []).append(jax.tree.map(lambda a: a[None], leaves))
             seen = _stack(seen)
         found.append(seen)
-    return found
+    return found, None if memory is None else _gather(after)
 
 
-def run_layer(stream: Stream, layer: int, sublayers, remat: Callable[[Callable], Callable] = lambda f: f):
-    """Sends the stream through one layer."""
+def run_layer(
+    stream: Stream, layer: int, sublayers, remat: Callable[[Callable], Callable] = lambda f: f
+) -> Any:
+    """Sends the stream through one layer; returns its memory, None of an attention."""
+    memories = []
     for i, sublayer in enumerate(sublayers, 2 * layer):
         reads = stream.row(i)
         step = remat(functools.partial(_sublayer, stream, sublayer, stream.residual.starts(i)))
-        partial, output, logit = step(checkpoint_name(stream.partial, CARRY), reads)
+        partial, output, logit, memory = step(checkpoint_name(stream.partial, CARRY), reads)
+        memories.append(memory)
         stream.write(partial, output)
         stream.partial = constrain(stream.partial, ("batch", "time", None))
         stream.note(_stack([logit]))
+    return memories[0]  # an MLP remembers nothing
+
+
+def _gather(pieces: dict) -> dict:
+    """The memory as `Transformer.memory` has it, from the pieces [layers, B, ...] of each slot in order."""
+    memory = {"periods": {}, "tail": {}}
+    for (part, slot), trees in pieces.items():
+        whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+        move = (lambda x: x.swapaxes(0, 1)) if part == "periods" else (lambda x: x[0])
+        memory[part][slot] = jax.tree.map(move, whole)
+    return memory
 
 
 def _groups(stages: list[Stage], stream: Stream) -> Iterator[list[Stage]]:
@@ -152,53 +184,59 @@ def _groups(stages: list[Stage], stream: Stream) -> Iterator[list[Stage]]:
 
 
 def _unrolled(stream: Stream, first: int, layers: list, remat, partial):
-    """The running sum after layers, one after the other, each as its sublayers."""
+    """The running sum after layers, one after the other, each as its sublayers; and their memories."""
     stream.partial = partial
-    for layer, sublayers in enumerate(layers, first):
-        run_layer(stream, layer, sublayers, remat)
-    return stream.partial
+    memories = [run_layer(stream, layer, sublayers, remat) for layer, sublayers in enumerate(layers, first)]
+    return stream.partial, memories
 
 
-def _scan(body, stage: Stage, period: int, stream: Stream, partial, params, columns):
+def _scan(body, stage: Stage, period: int, stream: Stream, partial, piece, columns):
     """All layers of a stage: the new running sum, and what `_period` says of each period."""
     start, count = 2 * stage.first, (stage.repeats, period, 2)
     reads = stream.reads(start, start + math.prod(count))
     reads = jax.tree.map(lambda a: a.reshape(*count, *a.shape[1:]), reads)
     first = np.arange(stage.repeats) == 0 if stream.residual.starts(start) else None
-    return jax.lax.scan(body, partial, (params, columns, reads, first))
+    return jax.lax.scan(body, partial, (*piece, columns, reads, first))
 
 
 def _period(remat, layers, partial, xs):
-    """One step of a scan: the new running sum, and the logits of sums and the findings of its layers."""
+    """One step of a scan: the new running sum; logits of sums, findings and memories of its layers."""
     return remat(functools.partial(_layers, *layers))(checkpoint_name(partial, CARRY), xs)
 
 
-def _layers(graph, specs, stream: Stream, rope, attend, partial, xs):
-    params, columns, reads, first = xs
-    blocks, logits, seen = nnx.merge(graph, params), [], []
+def _layers(graph, specs, stream: Stream, rope, see, partial, xs):
+    params, memory, columns, reads, first = xs
+    blocks, logits, seen, kept = nnx.merge(graph, params), [], [], {}
     for i in range(len(blocks)):
-        spec = specs[i] if columns is None else jax.tree.map(lambda a: a[i], columns)  # noqa: B023
-        for j, sublayer in enumerate(blocks[f"slot_{i}"].sublayers(rope, attend(spec, seen))):
+        slot, spec = f"slot_{i}", specs[i]
+        if columns is not None:
+            spec = spec.with_columns(jax.tree.map(lambda a: a[i], columns))  # noqa: B023
+        for j, sublayer in enumerate(blocks[slot].sublayers(rope, see(spec, seen, memory.get(slot)))):
             row = None if reads is None else reads.row(i, j)
             starts = first is not None and (i, j) == (0, 0)
-            partial, output, logit = _sublayer(stream, sublayer, first if starts else False, partial, row)
+            partial, output, logit, after = _sublayer(
+                stream, sublayer, first if starts else False, partial, row
+            )
             partial = constrain(partial + output, ("batch", "time", None))
             logits.append(logit)
-    return partial, (_stack(logits) if stream.record else None, _stack(seen))
+            if after is not None:
+                kept[slot] = after
+    return partial, (_stack(logits) if stream.record else None, _stack(seen), kept)
 
 
 def _sublayer(stream: Stream, sublayer, first: bool | jax.Array, partial, reads):
-    """The running sum that a sublayer sees, what it adds, and the logit of the sum."""
+    """The running sum that a sublayer sees, what it adds, the logit of the sum, and a memory."""
     partial, x, logit = stream.join(partial, reads, sublayer.norm, first)
-    return partial, sublayer.run(x), logit
+    output, memory = sublayer.run(x)
+    return partial, output, logit, memory
 
 
 def _stack(parts: list):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if parts else None
 
 
-def _cut(stages: list[Stage], config: TransformerConfig, stacked: nnx.State) -> dict[Stage, nnx.State]:
-    """The parameters of each stage that lies in whole periods, with their leading axis.
+def _cut(stages: list[Stage], config: TransformerConfig, stacked: Any) -> dict[Stage, Any]:
+    """Of a tree of stacked arrays, those of each stage that lies in whole periods, with their leading axis.
 
     One split, whose transpose is one concatenation: each slice would add to a gradient of all layers.
     """

@@ -1,11 +1,11 @@
 """The decoder.
 
 Read from the bottom: `Transformer` embeds tokens, sends the residual stream
-through its layers (`stages.py`) and projects to logits. A `Block` is a pre-norm
-attention and a pre-norm SwiGLU. What they read of earlier outputs the stream
-decides (`blockjax.depth`), and what attention *sees* the `attend` callable that
-each block is handed, so training, prefill, cached decoding and sequence
-parallelism run the same layers.
+through its layers (`stages.py`) and projects to logits. A `Block` is a pre-norm mixer, an attention or
+a recurrent layer (`blockjax.recurrence`), and a pre-norm SwiGLU. What they read of earlier
+outputs the stream decides (`blockjax.depth`), and what a mixer *sees* the `attend` callable
+or the `Past` that each block is handed, so training, prefill, cached decoding and
+sequence parallelism run the same layers.
 
 Shapes: B batch, T tokens, L layers, M width, N query heads, K key/value heads,
 H head dim, F inner width, V vocabulary.
@@ -20,23 +20,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from blockjax.depth import DepthQueries, Stream
 from blockjax.errors import UsageError, nearest
-from blockjax.kernels.block_sparse_attention import RESIDUAL
+from blockjax.kernels import block_sparse_attention, linear_attention
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import Layout
 from blockjax.parallel.mesh import constrain, cut, mesh_axis, parts
+from blockjax.parameters import RMSNorm, apply_rope, rope_table, weight
+from blockjax.recurrence import Past
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> o
 Probe = Callable[[jax.Array, jax.Array, LayerSpec, jax.Array | None], Any]
 
+See = Attend | Past  # what a mixer is handed: an attention the one, a recurrent layer the other
+
 MATMUL_INPUT = "matmul_input"
+RESIDUALS = block_sparse_attention.RESIDUAL, linear_attention.RESIDUAL
 
 
 def _keep(*names: str) -> Callable:
@@ -54,49 +60,9 @@ REMAT: dict[str, Callable] = {
     "full": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(stages.CARRY)
     ),
-    "dots": _keep(stages.CARRY, RESIDUAL),
-    "matmuls": _keep(stages.CARRY, RESIDUAL, MATMUL_INPUT),
+    "dots": _keep(stages.CARRY, *RESIDUALS),
+    "matmuls": _keep(stages.CARRY, *RESIDUALS, MATMUL_INPUT),
 }
-
-
-def weight(rngs: nnx.Rngs, axes: dict[str, int], *, fan_in: int, scale: float = 1.0) -> nnx.Param:
-    """A normal weight of standard deviation scale / sqrt(fan_in), float32.
-
-    Args:
-      axes: logical name -> size of each dimension; the names say how
-        `parallel.mesh` shards it and which dimensions Muon orthogonalises.
-    """
-    value = jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
-    return nnx.Param(value * (scale * fan_in**-0.5), axes=tuple(axes))
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * gain, computed in float32 (arXiv:1910.07467)."""
-
-    def __init__(self, size: int, eps: float):
-        self.gain = nnx.Param(jnp.ones(size, jnp.float32), axes=("gain",))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array, eps: float | None = None) -> jax.Array:
-        """x [..., size] -> the same; `eps` replaces the norm's own."""
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        eps = self.eps if eps is None else eps
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-        return (y * self.gain[...]).astype(x.dtype)
-
-
-def rope_table(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, 1, H/2] of the rotary angles (arXiv:2104.09864, eq. 15)."""
-    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns feature i with feature i + H/2 of x [B, T, N, H]."""
-    cos, sin = table
-    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -145,38 +111,56 @@ class SwiGLU(nnx.Module):
 
 
 class Sublayer(NamedTuple):
-    """An attention or an MLP: [B, T, M] from the norm of what the residual stream gives -> [B, T, M]."""
+    """A mixer or an MLP behind a norm.
+
+    Attributes:
+      norm: of what the residual stream gives.
+      run: [B, T, M] from the norm -> [B, T, M], and the memory of a recurrent layer or None.
+    """
 
     norm: RMSNorm
-    run: Callable[[jax.Array], jax.Array]
+    run: Callable[[jax.Array], tuple[jax.Array, Any]]
 
 
 class Block(nnx.Module):
-    """One layer: two sublayers, attention and MLP, each behind a norm."""
+    """One layer: two sublayers, a mixer and an MLP, each behind a norm."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
+    def __init__(self, config: TransformerConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
+        if spec.mixer is None:
+            self.attention_norm = RMSNorm(config.width, config.norm_eps)
+            self.attention = Attention(config, rngs=rngs)
+        else:
+            self.recurrence_norm = RMSNorm(config.width, config.norm_eps)
+            self.recurrence = spec.mixer.build(config, rngs=rngs)
+        self.recurrent = spec.mixer is not None
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def sublayers(self, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[Sublayer, Sublayer]:
+    def sublayers(self, rope: tuple[jax.Array, jax.Array], see: See) -> tuple[Sublayer, Sublayer]:
         """What the layer adds to the residual stream."""
 
-        def attention(x: jax.Array) -> jax.Array:
-            return self.attention(checkpoint_name(x, MATMUL_INPUT), rope, attend)
+        def attention(x: jax.Array) -> tuple[jax.Array, None]:
+            return self.attention(checkpoint_name(x, MATMUL_INPUT), rope, see), None
 
-        def mlp(x: jax.Array) -> jax.Array:
-            return self.mlp(checkpoint_name(x, MATMUL_INPUT))
+        def recurrence(x: jax.Array) -> tuple[jax.Array, Any]:
+            return self.recurrence(checkpoint_name(x, MATMUL_INPUT), see)
 
-        return Sublayer(self.attention_norm, attention), Sublayer(self.mlp_norm, mlp)
+        def mlp(x: jax.Array) -> tuple[jax.Array, None]:
+            return self.mlp(checkpoint_name(x, MATMUL_INPUT)), None
+
+        if self.recurrent:
+            mixer = Sublayer(self.recurrence_norm, recurrence)
+        else:
+            mixer = Sublayer(self.attention_norm, attention)
+        return mixer, Sublayer(self.mlp_norm, mlp)
 
 
 class Inspection(NamedTuple):
     """What `Transformer.inspect` saw.
 
     Attributes:
-      probes: what the probe returned, each leaf with the layers, [L, ...], in front; None without one.
+      probes: what the probe returned, each leaf with the layers that are attentions, in order, in front;
+        None without a probe or without such layers.
       depth_weights: [readers, sources, B, T, heads] float32, see `Stream.weights`; None under `prenorm`.
     """
 
@@ -185,7 +169,7 @@ class Inspection(NamedTuple):
 
 
 def _blocks(config: TransformerConfig, count: int, rngs: nnx.Rngs) -> nnx.Dict:
-    return nnx.Dict({f"slot_{i}": Block(config, rngs=rngs) for i in range(count)})
+    return nnx.Dict({f"slot_{i}": Block(config, config.period[i], rngs=rngs) for i in range(count)})
 
 
 class Transformer(nnx.Module):
@@ -250,6 +234,42 @@ class Transformer(nnx.Module):
         layout = self.layout(tokens.shape[1])
         return self._forward(tokens, positions, segment_ids, locality, layout)[0]
 
+    def advance(
+        self,
+        tokens: jax.Array,
+        memory: dict,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        locality: jax.Array | float | None = None,
+    ) -> tuple[jax.Array, dict]:
+        """`hidden` of tokens that come after others, and the memory of recurrent layers after them.
+
+        The first document of each row goes on where the memory ends; attention sees these tokens only.
+
+        Args:
+          memory: from `memory` or an earlier call, possibly with rows set back by `recurrence.forget`.
+        """
+        layout = self.layout(tokens.shape[1])
+        hidden, _, after = self._forward(tokens, positions, segment_ids, locality, layout, memory=memory)
+        return hidden, after
+
+    def memory(self, batch: int) -> dict:
+        """What the recurrent layers remember of B rows before the first token: zeros.
+
+        Returns:
+          {"periods": ..., "tail": ...} like the parameters: memories by slot, [B, repeats, ...] and [B, ...].
+        """
+
+        def empty(blocks) -> dict:
+            return {name: x.recurrence.empty(batch) for name, x in blocks.items() if x.recurrent}
+
+        repeats = self.config.depth // len(self.config.period)
+        wide = lambda x: jnp.broadcast_to(x[:, None], (batch, repeats, *x.shape[1:]))  # noqa: E731
+        graph, stacked = nnx.split(self.periods)
+        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], stacked)) if repeats else {}
+        return {"periods": jax.tree.map(wide, empty(one)), "tail": empty(self.tail)}
+
     def inspect(
         self,
         tokens: jax.Array,
@@ -267,13 +287,17 @@ class Transformer(nnx.Module):
         """
         return self._forward(tokens, positions, segment_ids, locality, None, probe, record=True)[1]
 
-    def _forward(self, tokens, positions, segment_ids, locality, layout, probe=None, record=False):
+    def _forward(
+        self, tokens, positions, segment_ids, locality, layout, probe=None, record=False, memory=None
+    ):
         lay = (lambda x: x) if layout is None else layout.apply
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = self.segments(tokens, positions)
 
-        def attend(spec: LayerSpec, seen: list) -> Attend:
+        def see(spec: LayerSpec, seen: list, memory) -> See:
+            if spec.mixer is not None:
+                return Past(memory, segment_ids, memory is not None, spec.layer)
             ids = spec.ids(segment_ids, segments)
             ids = None if ids is None else lay(ids)
 
@@ -288,29 +312,30 @@ class Transformer(nnx.Module):
         # There is no backward to an inspection.
         remat = REMAT["none" if record else self.config.remat]
         rope, table = self.rope(lay(positions)), self.config.table(locality)
-        seen = stages.run(self, stream, rope, attend, table, remat)
+        seen, after = stages.run(self, stream, rope, see, table, remat, memory)
         hidden = stream.output(self.final_norm)
         if not record:
-            return hidden, None
-        probes = None if probe is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
-        return hidden, Inspection(probes, stream.weights())
+            return hidden, None, after
+        seen = [part for part in seen if part is not None]
+        probes = jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen) if seen else None
+        return hidden, Inspection(probes, stream.weights()), after
 
     def run_layers(
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         layers: Sequence[tuple[Block, LayerSpec]],
-        attends: Iterable[Attend],
-    ) -> jax.Array:
-        """Sends x [B, T, M] through `layers`, one after the other, each with its own attention.
+        sees: Iterable[See],
+    ) -> tuple[jax.Array, list]:
+        """Sends x [B, T, M] through `layers`, one after the other, each with what its mixer sees.
 
         Returns:
-          What the output head reads, [B, T, M].
+          What the output head reads, [B, T, M], and the memory of each layer, None of attentions.
         """
-        stream = self.stream(x)
-        for i, ((block, _), attend) in enumerate(zip(layers, attends, strict=True)):
-            stages.run_layer(stream, i, block.sublayers(rope, attend))
-        return stream.output(self.final_norm)
+        stream, memories = self.stream(x), []
+        for i, ((block, _), see) in enumerate(zip(layers, sees, strict=True)):
+            memories.append(stages.run_layer(stream, i, block.sublayers(rope, see)))
+        return stream.output(self.final_norm), memories
 
     def stream(self, x: jax.Array, record: bool = False) -> Stream:
         """The residual stream that starts with the embedding x [B, T, M]."""
@@ -368,15 +393,22 @@ class Transformer(nnx.Module):
 
         Arguments as in `hidden`.
         """
-        segments, table = self.segments(tokens, positions), self.config.table(locality)
+        segments = self.segments(tokens, positions)
+        config = self.config
 
         def pairs(spec: LayerSpec) -> jax.Array:
             seen = spec.keys_seen(positions, spec.ids(segment_ids, segments))
             return jnp.sum(seen.astype(jnp.float32))
 
-        if table is not None:
-            return jnp.sum(jax.lax.map(pairs, jax.tree.map(jnp.asarray, table)))
-        return sum(n * pairs(spec) for spec, n in collections.Counter(self.config.layers()).items())
+        rows = config.rows(None)
+        fixed = collections.Counter(spec for spec in rows if spec.attends)
+        total = jnp.zeros((), jnp.float32)
+        moving = np.array([i for i, spec in enumerate(rows) if spec.mixer is None and config.locality])
+        if moving.size:
+            fixed = {spec: n for spec, n in fixed.items() if spec.mixer is not None}
+            table = jax.tree.map(lambda x: jnp.asarray(x)[moving], config.table(locality))
+            total += jnp.sum(jax.lax.map(pairs, table))
+        return total + sum(n * pairs(spec) for spec, n in fixed.items())
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, M] of unit variance, in `config.dtype`."""

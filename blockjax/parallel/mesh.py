@@ -27,6 +27,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("model", ("fsdp",)),
     ("layers", ()),
     ("reader", ()),
+    ("rank", ()),
+    ("state", ()),
     ("head_dim", ()),
     ("gain", ()),
 )

@@ -62,7 +62,7 @@ def count_work(job: Job) -> Work:
     attention's forward, which is 2 of its 7 products.
     """
     model, seq_len = job.model, job.config.data.seq_len
-    counter, specs = FlopCounter(model, seq_len), model.layers()
+    counter, specs = FlopCounter(model, seq_len), [spec for spec in model.layers() if spec.attends]
     tokens = job.config.data.batch_size * seq_len
     masks = {spec: spec.mask(seq_len, model.attention_block) for spec in set(specs)}
     seen = {spec: float(mask.visible_pairs()) for spec, mask in masks.items()}

@@ -27,7 +27,7 @@ PROGRAM, HEADER = "program.bin", "program.json"
 # Keys that leave the step as it is.
 OUTSIDE = re.compile(
     r"seed|data\.(source|text_field|tokenizer|order)"
-    r"|run\.(\w+_every|eval_sequences|inspect|keep_checkpoints|prefetch|data_dir|tensorboard|report)"
+    r"|run\.(\w+_every|eval_sequences|inspect|keep_checkpoints|keep_hours|max_skipped|hang_seconds|prefetch|data_dir|tensorboard|report)"
 )
 
 

@@ -129,7 +129,8 @@ def traffic(job: Job, tokens: int, weights: float) -> dict[str, float]:
     own = weights / n["fsdp"]
     near = (n["seq"] - 1) / n["seq"] * job.config.data.seq_len
     rows = tokens * n["seq"] / job.config.data.seq_len
-    far = sum(near if spec.full else min(near, float(spec.window)) for spec in model.layers())
+    specs = [spec for spec in model.layers() if spec.attends]
+    far = sum(near if spec.full else min(near, float(spec.window)) for spec in specs)
     keys = 2 * size * model.kv_heads * model.head_dim / n["tensor"] * rows * far
     summed = SENT["all-reduce"]
     return dict(

@@ -12,11 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from blockjax.errors import UsageError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from blockjax.train.lock import lock
 
 TAIL_BYTES = 4000
 GRACE_SECONDS = 15.0  # from an interrupt to a kill: a checkpoint may have to be written
@@ -87,7 +83,11 @@ class Process:
         self.share = share
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("a+b")
-        _lock(self._log)
+        try:
+            lock(self._log)
+        except BlockingIOError:
+            self._log.close()
+            raise
         self._log.write(f"--- {' '.join(command)}\n".encode())
         self._log.flush()
         self._begin = self._log.tell()
@@ -150,14 +150,3 @@ def stop(processes: Iterable[Process]) -> None:
     finally:  # a second Ctrl-C comes here at once
         for process in processes:
             process.kill()
-
-
-def _lock(log) -> None:
-    try:
-        if fcntl:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.close()
-        raise
-    except OSError:
-        pass  # a file system without locks

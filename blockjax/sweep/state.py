@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import orbax.checkpoint as ocp
 from etils import epath
 
 from blockjax.analysis.plots import series
 from blockjax.errors import UsageError
 from blockjax.sweep.plan import Plan, PlannedRun
+from blockjax.train.checkpoint import complete_steps
 from blockjax.train.folder import RunFolder, check_identity
 from blockjax.train.metrics import read_metrics
 
@@ -83,7 +83,7 @@ def read_state(plan: Plan, run: PlannedRun) -> RunState:
         check_identity(record, {**record, "config": run.config.to_dict()}, path)
     lines = read_metrics(folder.local / "metrics.jsonl")
     validated = run.steps in series(lines, BITS)[0]
-    finished = validated and run.steps in ocp.utils.checkpoint_steps(folder.checkpoints)
+    finished = validated and run.steps in complete_steps(folder.checkpoints)
     log = folder.path / LOG
     words = log.read_bytes().decode(errors="replace") if log.exists() else ""
     ended = END.fullmatch(words.rstrip().rpartition("\n")[2])

@@ -40,6 +40,7 @@ POSITIVE_INTEGERS = (
     "run.log_every",
     "run.eval_sequences",
     "run.keep_checkpoints",
+    "run.max_skipped",
 )
 POSITIVE = (
     "model.rope_base",
@@ -58,6 +59,9 @@ NOT_NEGATIVE = (
     "run.ulysses",
     "run.eval_every",
     "run.checkpoint_every",
+    "run.keep_every",
+    "run.keep_hours",
+    "run.hang_seconds",
     "run.prefetch",
 )
 
@@ -91,6 +95,7 @@ def base_config(size: str = "nano") -> ConfigDict:
                 text_field="text",  # of JSONL lines, Parquet rows and TFDS examples
                 tokenizer="bytes",  # or a tokenizer.json, or a SentencePiece .model
                 order="packed",  # or stream
+                carry=False,  # recurrent layers go on from step to step; under stream
                 seq_len=1024,  # tokens
                 batch_size=32,  # sequences a step, over all devices
             ),
@@ -131,6 +136,11 @@ def base_config(size: str = "nano") -> ConfigDict:
                 inspect=True,  # at evaluations, measure attention and depth weights of each layer too
                 checkpoint_every=200,  # steps; 0: only at the end
                 keep_checkpoints=2,  # the newest
+                keep_every=0,  # steps: their multiples are kept too; 0: none
+                keep_hours=0.0,  # younger checkpoints are kept too
+                max_skipped=10,  # steps in a row without a finite loss and gradient, then the run stops
+                hang_seconds=1800.0,  # for a batch, a step, an evaluation batch, a checkpoint; 0: no limit
+                deterministic=False,  # on GPUs: bit for bit the same in every run, and slower
                 prefetch=4,  # batches
                 data_dir="data",  # prepared corpora and token indices
                 tensorboard=True,  # events beside metrics.jsonl
@@ -239,6 +249,8 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
     make_schedule(config.optimizer, config.run.steps)
     how = {key: config.run[key] for key in HOW}
     model = TransformerConfig(**config.model, vocab_size=vocab_size, **how, context=config.data.seq_len)
+    if config.data.carry:
+        check_carry(config, model)
     warmup = config.optimizer.locality_warmup
     if warmup and (not model.locality or model.stack == "bucket"):
         raise UsageError(
@@ -246,6 +258,28 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
             "which needs a locality, such as 'beta:5', and model.stack='scan' or 'unroll'."
         )
     return model
+
+
+def check_carry(config: ConfigDict, model: TransformerConfig) -> None:
+    """Checks that the memory of recurrent layers can be carried from step to step.
+
+    Raises:
+      UsageError: there are none, the order is another one, or blocks do not fill rows.
+    """
+    c = config.data
+    if c.order != "stream" or not model.recurrent:
+        raise UsageError(
+            "data.carry carries the memory of recurrent layers along a row: it needs data.order='stream', "
+            f"not {c.order!r}, and a model.pattern with such layers, not {model.pattern!r}."
+        )
+    if config.run.accumulate > 1:
+        raise UsageError(f"data.carry needs run.accumulate=1, not {config.run.accumulate}.")
+    for spec in model.period:
+        if spec.mixer is not None and spec.window is not None and c.seq_len % spec.window:
+            raise UsageError(
+                f"data.carry needs rows of whole blocks, but data.seq_len={c.seq_len} does not divide by the "
+                f"{spec.window} tokens of a block of {spec}; change one of them."
+            )
 
 
 def check_mesh(config: ConfigDict, mesh) -> None:
@@ -302,11 +336,18 @@ def complete(recorded: dict) -> ConfigDict:
     """A run's config as `run.json` holds it, with keys younger than the run at their defaults.
 
     A section that is missing altogether stays missing, for `check` to name: the record is damaged.
+
+    Raises:
+      UsageError: it holds what no config can.
     """
     defaults = base_config().to_dict()
-    return ConfigDict(
-        {name: defaults.get(name, {}) | x if isinstance(x, dict) else x for name, x in recorded.items()}
-    )
+    known = {k: v for k, v in defaults.items() if isinstance(v, dict)}
+    try:
+        return ConfigDict(
+            {name: known.get(name, {}) | x if isinstance(x, dict) else x for name, x in recorded.items()}
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UsageError(f"The config of a run cannot be read: {error}; bring its run.json back.") from error
 
 
 def identity(config: ConfigDict) -> dict:

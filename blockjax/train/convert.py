@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,10 @@ from blockjax.train import config as configs
 from blockjax.train.checkpoint import Checkpoints
 from blockjax.train.config import ConfigDict
 from blockjax.train.folder import RunFolder
+from blockjax.train.lock import held
 from blockjax.train.loop import open_data
 from blockjax.train.run import Run, claim, describe_tokenizer, open_run, padded_vocab
-from blockjax.train.state import TrainState, plan_state
+from blockjax.train.state import plan_state
 from blockjax.train.step import batch_sharding, context
 
 
@@ -68,7 +70,11 @@ def convert(config: ConfigDict, source: str, run: str, *, quiet: bool = False) -
         raise UsageError(f"Run folder {run} holds a run already; name a fresh one.")
     corpus, _, _, evaluation = open_data(config, quiet)
     model_config = configs.check(config, vocab_size=padded_vocab(tokenizer))
-    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder.checkpoints, config.run)) as checkpoints:
+    with (
+        held(folder),
+        jax.set_mesh(mesh),
+        contextlib.closing(Checkpoints(folder.checkpoints, config.run)) as checkpoints,
+    ):
         plan = plan_state(model_config, config, mesh)
         state = plan.make()
         params = state.params | nnx.to_pure_dict(nnx.state(old.model, nnx.Param))
@@ -86,7 +92,7 @@ def convert(config: ConfigDict, source: str, run: str, *, quiet: bool = False) -
         everywhere = NamedSharding(mesh, PartitionSpec())
         found = jax.jit(compare, out_shardings=everywhere)(params, trained)
         claim(folder, config, corpus, tokenizer)
-        checkpoints.save(0, TrainState(state.step, params, state.opt_state))
+        checkpoints.save(0, dataclasses.replace(state, params=params))
     return Conversion(old.step, *map(float, jax.device_get(found)))
 
 

@@ -33,29 +33,36 @@ class FlopCounter:
 
     Matmuls with weights take 6 FLOPs per parameter and token, attention
     3.5 * 4 * N * H per pair of a query and a key (forward, and a backward that
-    recomputes the scores). *Useful* counts pairs that are visible, within
-    documents and windows; *executed* counts all pairs of listed tiles.
+    recomputes the scores), recurrence 3 times its forward pass. *Useful* counts
+    pairs that are visible, within documents and windows, and states that are
+    written and read token by token; *executed* counts all pairs of listed tiles,
+    and the products of chunks.
     """
 
     def __init__(self, config: TransformerConfig, seq_len: int):
         self._config, self._seq_len = config, seq_len
         self._per_token = 6.0 * config.num_params(embedding=False)
         self._per_pair = 3.5 * 4 * config.heads * config.head_dim
+        works = [spec.mixer.work(config) for spec in config.layers() if spec.mixer is not None]
+        self._recurrence = 3 * sum(work.useful for work in works)
+        self._chunks = 3 * sum(work.executed for work in works)
         self._layers: tuple[LayerSpec, ...] = ()
+        self._pairs = 0
 
     def useful(self, tokens: int, visible_pairs: float) -> float:
         """FLOPs that the model asks for, given the visible pairs of all layers."""
-        return self._per_token * tokens + self._per_pair * visible_pairs
+        return (self._per_token + self._recurrence) * tokens + self._per_pair * visible_pairs
 
     def executed(self, tokens: int, locality: np.ndarray | None = None) -> float:
         """FLOPs of the tiles that are computed; `locality` [L] if it is not the config's."""
         pairs = self._executed_pairs(self._config.layers(locality))
-        return (self._per_token + self._per_pair * pairs / self._seq_len) * tokens
+        return (self._per_token + self._chunks + self._per_pair * pairs / self._seq_len) * tokens
 
     def _executed_pairs(self, layers: tuple[LayerSpec, ...]) -> int:
         if layers != self._layers:
-            masks = {spec: spec.mask(self._seq_len, self._config.attention_block) for spec in set(layers)}
-            self._layers, self._pairs = layers, sum(int(masks[spec].executed_pairs()) for spec in layers)
+            attending = [spec for spec in layers if spec.attends]
+            masks = {spec: spec.mask(self._seq_len, self._config.attention_block) for spec in set(attending)}
+            self._layers, self._pairs = layers, sum(int(masks[spec].executed_pairs()) for spec in attending)
         return self._pairs
 
 

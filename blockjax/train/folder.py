@@ -62,17 +62,17 @@ class RunFolder:
             return None
         try:
             record = json.loads(file.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{file} is damaged ({error}); restore it or use another --run.") from error
+        if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
+            raise UsageError(f"{file} is damaged: it holds no config; restore it or use another --run.")
         if missing := [key for key in RECORD if key not in record]:
             raise UsageError(f"{file} is damaged: it lacks {missing[0]!r}; restore it or use another --run.")
         return record
 
     def write_record(self, record: dict) -> None:
         """Writes `run.json`: config, corpus digest, tokenizer."""
-        fresh = self.path / ".run.json"
-        fresh.write_text(json.dumps(record, indent=2))
-        fresh.replace(self.path / "run.json")  # never half written
+        replace_text(self.path / "run.json", json.dumps(record, indent=2))
 
     def sync(self, at_most_every: float = 0.0) -> None:
         """Copies what changed to the bucket; nothing to do on disk.
@@ -95,6 +95,13 @@ class RunFolder:
     def _fetch(self, name: str) -> None:
         if (self.path / name).exists():
             (self.local / name).write_bytes((self.path / name).read_bytes())
+
+
+def replace_text(file: epath.Path, text: str) -> None:
+    """Writes a small file that is never half written."""
+    fresh = file.parent / f".{file.name}"
+    fresh.write_text(text)
+    fresh.replace(file)
 
 
 def check_identity(record: dict, new: dict, path) -> None:

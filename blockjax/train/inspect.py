@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blockjax.depth import Residual
 from blockjax.locality.statistics import AttentionStatistics, attention_statistics, sample_queries
+from blockjax.models import TransformerConfig
 from blockjax.train.step import Batch, Dial, context
 
 QUERIES = 16  # sampled from each sequence
@@ -21,7 +21,7 @@ class Findings(NamedTuple):
     """What `make_inspect_step` found.
 
     Attributes:
-      attention: each [L, N] float32.
+      attention: each [L, N] float32, of the layers that are attentions; None without any.
       depth_weights: [readers, heads, sources] float32, mean over tokens; None under `prenorm`.
       depth_entropy: [readers] float32, of the weights at each token in bits, mean over tokens and heads;
         None under `prenorm`.
@@ -29,7 +29,7 @@ class Findings(NamedTuple):
         sequence; None under `prenorm`.
     """
 
-    attention: AttentionStatistics
+    attention: AttentionStatistics | None
     depth_weights: jax.Array | None = None
     depth_entropy: jax.Array | None = None
     token_weights: jax.Array | None = None
@@ -78,11 +78,13 @@ def make_inspect_step(
     return inspect
 
 
-def scalars(findings: Findings, residual: Residual) -> dict[str, float]:
+def scalars(findings: Findings, config: TransformerConfig) -> dict[str, float]:
     """Findings as metrics: means over heads per layer; per sublayer two weights and the entropy."""
-    values = {}
-    for name, per_layer in findings.attention._asdict().items():
-        for layer, heads in enumerate(np.asarray(per_layer)):
+    values, residual = {}, config.residual_rule
+    layers = [i for i, spec in enumerate(config.layers()) if spec.mixer is None]
+    found = {} if findings.attention is None else findings.attention._asdict()
+    for name, per_layer in found.items():
+        for layer, heads in zip(layers, np.asarray(per_layer), strict=True):
             values[f"attention/{name}/layer_{layer:02}"] = float(np.mean(heads))
     if findings.depth_weights is not None:
         for reader, weights in enumerate(np.asarray(findings.depth_weights).mean(1)):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import jax
 
 from blockjax.models import TransformerConfig
+from blockjax.train.checkpoint import Watch
 from blockjax.train.config import ConfigDict, due
 from blockjax.train.display import Display
+from blockjax.train.endings import Diverged
 from blockjax.train.flops import FlopCounter, peak_flops
 from blockjax.train.folder import RunFolder
 from blockjax.train.metrics import MetricsLog
@@ -22,7 +25,8 @@ class StepLog:
     """Collects what steps report and writes it every `run.log_every` steps.
 
     Metrics stay on the device until then, so the host runs ahead of the device.
-    A context manager: leaving it writes what is pending.
+    A context manager: leaving it writes what is pending. Whatever writes raises
+    `Diverged` after `run.max_skipped` steps in a row that were skipped.
     """
 
     def __init__(
@@ -32,8 +36,9 @@ class StepLog:
         model_config: TransformerConfig,
         display: Display,
         start: int,
+        watch: Watch = contextlib.nullcontext,
     ):
-        self._config, self._display, self._folder = config, display, folder
+        self._config, self._display, self._folder, self._watch = config, display, folder, watch
         self._flops = FlopCounter(model_config, config.data.seq_len)
         self._peak, self._peak_source = peak_flops()
         self._schedule = make_schedule(config.optimizer, config.run.steps)
@@ -73,16 +78,18 @@ class StepLog:
         if not self._pending:
             return
         c = self._config
-        fetched = [(at, {k: float(v) for k, v in jax.device_get(m).items()}) for at, m in self._pending]
+        with self._watch(f"the devices, steps {self._pending[0][0]} to {self._pending[-1][0]}"):
+            fetched = [(at, {k: float(v) for k, v in jax.device_get(m).items()}) for at, m in self._pending]
         seconds = (time.perf_counter() - self._clock) / len(fetched)
         tokens = c.data.batch_size * c.data.seq_len
+        self._pending.clear()
         for at, values in fetched:
             pairs = values["visible_pairs"]
             speed = {
                 "tokens_per_second": tokens / seconds,
                 "mfu_useful": self._flops.useful(tokens, pairs) / seconds / self._peak,
                 "mfu_executed": self._flops.executed(tokens, self._dial(at - 1)) / seconds / self._peak,
-                "learning_rate": c.optimizer.learning_rate * float(self._schedule(at - 1)),
+                "learning_rate": c.optimizer.learning_rate * float(self._schedule(updates(at, values))),
             }
             values |= speed
             if self._files:
@@ -91,15 +98,18 @@ class StepLog:
             self._files.flush()
         self._last = values
         self._show(at)
-        self._pending.clear()
         self._clock = time.perf_counter()
+        for at, values in fetched:
+            if values["skipped_in_a_row"] >= c.run.max_skipped:
+                raise Diverged(diverged(at, values))
 
     def _show(self, step: int) -> None:
         last = self._last
+        skipped = f"  {last['skipped_steps']:.0f} skipped" if last["skipped_steps"] else ""
         self._display.update(
             step,
             f"loss {last['loss']:.3f}{self._bits}  {last['tokens_per_second']:,.0f} tok/s  "
-            f"MFU {last['mfu_useful']:.0%} ({last['mfu_executed']:.0%})",
+            f"MFU {last['mfu_useful']:.0%} ({last['mfu_executed']:.0%})" + skipped,
         )
 
     def __enter__(self) -> StepLog:
@@ -119,3 +129,20 @@ class StepLog:
             if self._files:
                 self._files.close()
                 self._folder.sync()
+
+
+def updates(step: int, values: dict[str, float]) -> int:
+    """Updates made before the one of this step, which may have been skipped itself: the optimizer's count."""
+    skipped = values["skipped_steps"] - (values["skipped_in_a_row"] > 0)
+    return step - 1 - int(skipped)
+
+
+def diverged(step: int, values: dict[str, float]) -> str:
+    """Why a run stops, in a sentence."""
+    count = int(values["skipped_in_a_row"])
+    return (
+        f"The loss or the gradient was not finite {count} times in a row, in batches {step - count} to "
+        f"{step - 1} (loss {values['loss']}, gradient norm {values['grad_norm']}). No update was made with "
+        "them, and the last checkpoint is good. Lower optimizer.learning_rate in a new run, look at the "
+        "data, or go on with a higher run.max_skipped."
+    )

@@ -51,6 +51,47 @@ def cross_entropy(
     return _reduce(hidden, head, targets, z_loss)[0]
 
 
+def token_nats(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) of each token, [B, T] float32, 0 where there is no target; as `cross_entropy` otherwise.
+
+    For evaluation: its gradient would keep all logits.
+    """
+    weight, cut = head.astype(hidden.dtype), _Cut(hidden.shape, head.shape[1])
+
+    def chunk(_, inputs):
+        h, target = inputs
+        _, lse, _, picked = _score(h, weight, target)
+        return None, jnp.where(target >= 0, lse - picked, 0.0)
+
+    return cut.join(jax.lax.scan(chunk, None, (cut(hidden), cut(targets)))[1])
+
+
+class _Cut:
+    """Cuts [B, T, ...] into [chunks, B, P, size, ...]: every device takes a chunk of its own tokens."""
+
+    def __init__(self, shape: tuple[int, ...], vocab: int):
+        self.B, self.T = shape[:2]
+        self.P = math.gcd(self.T, parts("time"))
+        self.size = chunk_size(max(1, self.B // parts("batch")), self.T // self.P, vocab)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(self.B, self.P, self.T // self.P // self.size, self.size, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The inverse."""
+        return jnp.moveaxis(x, 0, 2).reshape(self.B, self.T, *x.shape[4:])
+
+
+def _score(h, weight, target):
+    """Float32 logits, the log of the sum of their exponentials, where the target is, and its logit."""
+    logits = jnp.einsum("BPTM,MV->BPTV", h, weight, preferred_element_type=jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum rather than a gather: it stays local when V is sharded.
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3) == target[..., None]
+    return logits, lse, hit, jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+
+
 def _forward(hidden, head, targets, z_loss):
     return _reduce(hidden, head, targets, z_loss, gradients=True)
 
@@ -66,20 +107,12 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _reduce(hidden, head, targets, z_loss, gradients=False):
     """What `cross_entropy` returns, and the gradients of the loss by hidden and head, or None."""
-    B, T, M = hidden.shape
-    # Every device takes a chunk of its own tokens at a time.
-    P = math.gcd(T, parts("time"))
-    size = chunk_size(max(1, B // parts("batch")), T // P, head.shape[1])
-    weight = head.astype(hidden.dtype)
+    weight, cut = head.astype(hidden.dtype), _Cut(hidden.shape, head.shape[1])
 
     def chunk(carry, inputs):
         sums, dhead = carry
         h, target = inputs
-        logits = jnp.einsum("BPTM,MV->BPTV", h, weight, preferred_element_type=jnp.float32)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum rather than a gather: it stays local when V is sharded.
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3) == target[..., None]
-        picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        logits, lse, hit, picked = _score(h, weight, target)
         counts = target >= 0
         new = LossSums(
             jnp.sum(jnp.where(counts, lse - picked, 0.0)),
@@ -95,13 +128,9 @@ def _reduce(hidden, head, targets, z_loss, gradients=False):
             dh = jnp.einsum("BPTV,MV->BPTM", dlogits, weight)
         return (jax.tree.map(jnp.add, sums, new), dhead), dh
 
-    def cut(x):
-        """[chunks, B, P, size, ...]"""
-        return jnp.moveaxis(x.reshape(B, P, T // P // size, size, *x.shape[2:]), 2, 0)
-
     zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
     start = zero, jnp.zeros(head.shape, jnp.float32) if gradients else None
     (sums, dhead), dhidden = jax.lax.scan(chunk, start, (cut(hidden), cut(targets)))
     if gradients:
-        dhidden = jnp.moveaxis(dhidden, 0, 2).reshape(B, T, M)
+        dhidden = cut.join(dhidden)
     return (sums.nats + z_loss * sums.squared_lse, sums), (dhidden, dhead)

@@ -49,12 +49,14 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a line cut short by a crash is left out."""
+    """The lines of a `metrics.jsonl`; a line cut short by a crash, or otherwise damaged, is left out."""
     lines = []
     if path.exists():
-        for text in path.read_text().splitlines():
+        for text in path.read_bytes().split(b"\n"):
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines.append(line)
     return lines

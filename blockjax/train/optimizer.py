@@ -20,15 +20,15 @@ def is_matrix(axes: tuple[str, ...]) -> bool:
 def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
     """Which dimensions Muon reads as the rows and columns of one matrix.
 
-    Weights are laid out (layers?, inputs..., outputs...) with "model" alone on
-    one side; "layers" is in neither and so a batch. None leaves a parameter to
+    Weights are laid out (layers?, inputs..., outputs...) with "model" or "rank" alone
+    on one side; "layers" is in neither and so a batch. None leaves a parameter to
     AdamW. Without this optax would orthogonalise the embedding and stacked
     gains (they have two dimensions) and skip every stacked weight (three).
     """
     if not is_matrix(axes):
         return None
     dims = [i for i, name in enumerate(axes) if name != "layers"]
-    cut = 1 if axes[dims[0]] == "model" else len(dims) - 1
+    cut = 1 if axes[dims[0]] in ("model", "rank") else len(dims) - 1
     return MuonDimensionNumbers(reduction_axis=tuple(dims[:cut]), output_axis=tuple(dims[cut:]))
 
 

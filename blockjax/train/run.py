@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from blockjax import data
@@ -18,9 +18,12 @@ from blockjax.generate import Sampling, generate
 from blockjax.models import Transformer
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import config as configs
-from blockjax.train.checkpoint import Checkpoints
+from blockjax.train import hosts
+from blockjax.train.checkpoint import Checkpoints, steps_in
 from blockjax.train.folder import RunFolder, check_identity
 from blockjax.train.state import plan_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Run:
 
 
 def open_run(path: str, mesh: Mesh | None = None) -> Run:
-    """Loads the newest checkpoint of a run folder; parameters only.
+    """Loads the newest complete checkpoint of a run folder; parameters only.
 
     Args:
       path: run folder, on disk or `gs://`.
@@ -67,11 +70,13 @@ def open_run(path: str, mesh: Mesh | None = None) -> Run:
     with jax.set_mesh(mesh):
         plan = plan_state(model_config, config, mesh)
         checkpoints = Checkpoints(folder.checkpoints, config.run)
-        step = checkpoints.latest()
-        if step is None:
-            raise UsageError(f"Run folder {path} has no checkpoint yet.")
-        params = checkpoints.restore_params(step, plan.abstract.params)
+        found = checkpoints.restore_params(plan.abstract.params)
         checkpoints.close()
+    if found is None:
+        raise UsageError(f"Run folder {path} has no checkpoint yet.")
+    params, step = found
+    for skipped in checkpoints.skipped:
+        log.warning("%s: checkpoint %d is passed over: %s.", path, *skipped)
     return Run(folder, config, nnx.merge(plan.graph, params), tokenizer, mesh, step)
 
 
@@ -119,7 +124,8 @@ def claim(
     Every process calls it: the first one writes, all compare.
 
     Raises:
-      UsageError: another identity, tokenizer or corpus; names what differs.
+      UsageError: another identity, tokenizer or corpus; names what differs. Or checkpoints of a run that
+        cannot be known.
     """
     record = {
         "config": config.to_dict(),
@@ -127,8 +133,13 @@ def claim(
         "corpus": {"name": corpus.name, "digest": corpus.digest},
     }
     if jax.process_index() == 0 and folder.read_record() is None:
+        if steps_in(folder.checkpoints):
+            raise UsageError(
+                f"Run folder {folder.path} holds checkpoints but no run.json, which says of which run they "
+                "are; bring it back, or use another folder with --run=runs/NAME."
+            )
         folder.write_record(record)
-    multihost_utils.sync_global_devices("run.json is written")
+    hosts.barrier("run.json is written")
     written = folder.read_record()
     if written is None:
         raise UsageError(

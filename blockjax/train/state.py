@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blockjax.models import Transformer, TransformerConfig, logical_axes
-from blockjax.parallel.mesh import shardings
+from blockjax.parallel.mesh import partition_spec, shardings
 from blockjax.train.config import ConfigDict
+from blockjax.train.health import Health, healthy
 from blockjax.train.optimizer import make_optimizer
 
 
@@ -25,20 +26,25 @@ class TrainState:
     """Everything that training carries from step to step; what a checkpoint holds.
 
     Attributes:
-      step: int32 scalar, updates done so far; batch number `step` comes next.
+      step: int32 scalar, batches seen so far; batch number `step` comes next.
       params: dict of float32 parameters, from `nnx.to_pure_dict`.
       opt_state: state of the optimizer.
+      health: counters of skipped steps and of losses, from `train.health`.
+      memory: of the recurrent layers, from `Transformer.memory`, with `data.carry`; else None.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    health: Health
+    memory: Any = None
 
 
-def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def init_state(model: Transformer, optimizer: optax.GradientTransformation, carried: int = 0) -> TrainState:
+    """The state before the first step; `carried` is the number of rows whose memory is carried."""
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    memory = model.memory(carried) if carried else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), healthy(), memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,8 @@ def plan_state(model_config: TransformerConfig, config: ConfigDict, mesh: Mesh) 
     skeleton = nnx.eval_shape(build)
     axes = logical_axes(skeleton)
     optimizer = make_optimizer(config.optimizer, axes, config.run.steps)
-    make = lambda: init_state(build(), optimizer)  # noqa: E731
+    carried = config.data.batch_size if config.data.carry else 0
+    make = lambda: init_state(build(), optimizer, carried)  # noqa: E731
     shapes = jax.eval_shape(make)
     placed = state_shardings(mesh, shapes, axes)
     abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
@@ -72,7 +79,10 @@ def plan_state(model_config: TransformerConfig, config: ConfigDict, mesh: Mesh) 
 
 
 def state_shardings(mesh: Mesh, shapes: TrainState, axes) -> TrainState:
-    """Where each leaf of the state lives: parameters by name, moments beside them, scalars everywhere."""
+    """Where each leaf of the state lives.
+
+    Parameters by name, moments beside them, memories with the rows of the batch, scalars everywhere.
+    """
     params = shardings(mesh, shapes.params, axes)
     everywhere = NamedSharding(mesh, P())
     by_path = dict(jax.tree_util.tree_flatten_with_path(params)[0])
@@ -81,4 +91,8 @@ def state_shardings(mesh: Mesh, shapes: TrainState, axes) -> TrainState:
         # The path of a moment ends with the path of its parameter.
         return next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), everywhere)
 
-    return TrainState(everywhere, params, jax.tree_util.tree_map_with_path(moment, shapes.opt_state))
+    rows = NamedSharding(mesh, partition_spec(("batch",)))
+    memory = jax.tree.map(lambda _: rows, shapes.memory)
+    health = jax.tree.map(lambda _: everywhere, shapes.health)
+    moments = jax.tree_util.tree_map_with_path(moment, shapes.opt_state)
+    return TrainState(everywhere, params, moments, health, memory)

@@ -173,7 +173,7 @@ def all_sublayers(model, tokens):
     rope = model.rope(jnp.broadcast_to(jnp.arange(T), tokens.shape))
     for block, spec in model.layers():
         for sublayer in block.sublayers(rope, model.attend(spec, None)):
-            yield lambda h, sublayer=sublayer: sublayer.run(sublayer.norm(h))
+            yield lambda h, sublayer=sublayer: sublayer.run(sublayer.norm(h))[0]
 
 
 def oracle(residual):

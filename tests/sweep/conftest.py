@@ -10,6 +10,7 @@ from rich.console import Console
 
 from blockjax.sweep.launch import launch
 from blockjax.sweep.plan import collect
+from blockjax.train import manifest
 from blockjax.train.config import load_config
 
 GET_CONFIG = """
@@ -41,6 +42,8 @@ if f"fail in {run.name}" in fault:
 (run / "metrics.jsonl").write_text(json.dumps({"step": 12, "val/bits_per_byte": 2.0}) + chr(10))
 if fault != "no checkpoint":
     (run / "checkpoints" / "12").mkdir(parents=True)
+    manifest = dict(format=1, step=12, time=0, files={}, leaves={})
+    (run / "checkpoints" / "12" / "manifest.json").write_text(json.dumps(manifest))
 print("step 12/12  loss 4.000  val 2.000  9 tok/s  0:00:00 left")
 """
 
@@ -93,6 +96,6 @@ def make_run(plan):
         if checkpoint:
             saved = path / "checkpoints" / str(max(bits))
             saved.mkdir(parents=True)
-            (saved / "commit_success.txt").write_text("")  # what says so in a bucket
+            manifest.write(saved, max(bits), {}, 0.0)
 
     return make

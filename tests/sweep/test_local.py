@@ -136,7 +136,7 @@ def test_what_is_finished_is_not_started(sweep, tmp_path):
     assert code == 0 and out.count(" finished after ") == 4
     code, out = sweep(script="nothing.py")
     assert code == 0 and "4 finished, 0 to do" in out and "starts" not in out
-    (tmp_path / "sweep" / "full-seed1" / "checkpoints" / "12").rmdir()
+    shutil.rmtree(tmp_path / "sweep" / "full-seed1" / "checkpoints" / "12")
     code, out = sweep()
     assert code == 0 and re.findall(r"(\S+) starts", out) == ["full-seed1"]
 

@@ -56,7 +56,7 @@ def state_of(folder, step: int, config) -> dict:
     """Every array of a checkpoint."""
     import orbax.checkpoint as ocp
 
-    return ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step) / "default")
+    return ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step))
 
 
 @pytest.mark.parametrize(("optimizer", "order"), [("muon", "packed"), ("adamw", "stream")])

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from blockjax.models import Transformer
+from blockjax.train import step
 from blockjax.train.state import init_state
 from blockjax.train.step import make_eval_step, make_train_step
 from tests.models.tiny import tiny_config
@@ -101,3 +102,18 @@ def test_evaluation_with_uniform_logits(model, batch):
     sums = jax.jit(make_eval_step(graph))(params, 0, batch | {"target_bytes": jnp.arange(8.0)})
     np.testing.assert_allclose(sums["nats"], 144 * np.log(V), rtol=1e-6)
     assert (sums["tokens"], sums["bytes"]) == (144, 28)
+
+
+def test_evaluation_by_position(model, batch, monkeypatch):
+    """Groups 0..7, 8..15, 16..31; a row has as many targets as its length."""
+    monkeypatch.setattr(step, "FIRST_EDGE", 8)
+    graph, params = nnx.split(model)
+    sums = jax.jit(make_eval_step(graph))(params, 0, batch | {"target_bytes": jnp.arange(8.0)})
+    lengths = 4 * np.arange(1, B + 1)
+    expected = [np.clip(lengths - a, 0, b - a).sum() for a, b in ((0, 8), (8, 16), (16, 32))]
+    np.testing.assert_array_equal(sums["tokens"], expected)
+    targets, logits = np.asarray(batch["targets"]), np.float64(model(batch["tokens"]))
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None] % V, -1)[..., 0]
+    for got, (a, b) in zip(sums["nats"], ((0, 8), (8, 16), (16, 32)), strict=True):
+        inside = (targets >= 0) & (np.arange(T) >= a) & (np.arange(T) < b)
+        np.testing.assert_allclose(got, nats[inside].sum(), rtol=1e-5)

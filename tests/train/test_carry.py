@@ -1,0 +1,126 @@
+"""Recurrent layers that go on from step to step: what they remember, where it is cut, and a resumed run."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from blockjax.errors import UsageError
+from blockjax.parallel.mesh import make_mesh
+from blockjax.train import config as configs
+from blockjax.train import loop
+from blockjax.train.metrics import read_metrics
+from blockjax.train.state import init_state, plan_state
+from blockjax.train.step import make_train_step
+from tests.models.tiny import random_model, tiny_config
+
+pytestmark = pytest.mark.usefixtures("dense_attention")
+
+PATTERN = "brt:window=16/states=4,lightning"
+
+
+@pytest.fixture(autouse=True)
+def token_scan(monkeypatch):
+    """Compiles in a third of the time of chunks."""
+    from blockjax.kernels.linear_attention import api, reference
+
+    monkeypatch.setattr(api, "BACKENDS", {"reference": reference})
+
+
+@pytest.fixture
+def carrying(tiny):
+    def make(**values):
+        values = dict(model__pattern=PATTERN, data__order="stream", data__carry=True) | values
+        return tiny(**dict(optimizer__name="adamw", data__seq_len=32) | values)
+
+    return make
+
+
+def test_a_step_goes_on_where_the_one_before_ended_but_for_rows_that_start_a_document():
+    """The loss of the second half of a row is that of the whole row minus that of its first half."""
+    model = random_model(tiny_config(pattern="brt:window=4/states=3", depth=1, attention_block=16))
+    rng, T = np.random.default_rng(0), 8
+    tokens = rng.integers(0, 24, (2, 2 * T + 1)).astype(np.int32)
+    state = init_state(model, optax.sgd(0.0), carried=2)
+    step = jax.jit(make_train_step(nnx.graphdef(model), optax.sgd(0.0)))
+
+    def batch(part, starts):
+        where = np.zeros((2, T), bool)
+        where[:, 0] = starts
+        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+        own, targets = tokens[:, :-1][:, part], tokens[:, 1:][:, part]
+        ids = np.zeros((2, T), np.int32)
+        return dict(tokens=own, targets=targets, positions=positions, segment_ids=ids, starts=where)
+
+    def nats(logits, part, row):
+        logits, targets = np.float64(logits[row, part]), tokens[row, 1:][part]
+        return (np.log(np.exp(logits).sum(-1)) - logits[np.arange(T), targets]).mean()
+
+    first, second = slice(0, T), slice(T, 2 * T)
+    state, metrics = step(state, batch(first, [True, True]))
+    whole = np.asarray(model(tokens[:, :-1]))
+    assert float(metrics["loss"]) == pytest.approx(np.mean([nats(whole, first, r) for r in (0, 1)]), rel=1e-4)
+    _, metrics = step(state, batch(second, [False, True]))
+    alone = np.pad(np.asarray(model(tokens[:, T : 2 * T])), ((0, 0), (T, 0), (0, 0)))
+    expected = np.mean([nats(whole, second, 0), nats(alone, second, 1)])
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+    forgetful = np.mean([nats(alone, second, r) for r in (0, 1)])
+    assert abs(forgetful - expected) > 1e-3
+
+
+def test_a_run_resumed_within_a_document_is_the_one_that_was_not_stopped(carrying, one_device, tmp_path):
+    config = carrying(run__steps=6, run__checkpoint_every=3, run__eval_every=3)
+
+    def lines(name):
+        exact = ("step", "train/loss", "train/grad_norm", "val/loss")
+        found = read_metrics(tmp_path / name / "metrics.jsonl")
+        return [{key: line[key] for key in exact if key in line} for line in found]
+
+    with one_device(), pytest.MonkeyPatch.context() as patch:
+        whole = loop.train(config, str(tmp_path / "whole"), quiet=True)
+        seen = {}
+
+        class Interrupted(loop.data.Loader):
+            def __iter__(self):
+                for k, batch in enumerate(super().__iter__(), self._start):
+                    if k == 4 and not isinstance(self._order, loop.data.Evaluation):
+                        raise KeyboardInterrupt
+                    seen[k] = np.asarray(batch["starts"][:, 0])
+                    yield batch
+
+        patch.setattr(loop.data, "Loader", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, str(tmp_path / "stopped"), quiet=True)
+        assert not seen[3].all()  # some rows go on within a document
+        patch.undo()
+        resumed = loop.train(config, str(tmp_path / "stopped"), quiet=True)
+    assert lines("stopped") == lines("whole")
+    for a, b in zip(*(jax.tree.leaves(nnx.state(run.model)) for run in (resumed, whole)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_memory_lives_with_the_rows(carrying):
+    config = carrying(data__batch_size=8)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        plan = plan_state(configs.check(config, vocab_size=264), config, mesh)
+    leaves = jax.tree.leaves(plan.abstract.memory)
+    assert len(leaves) == 6
+    for leaf in leaves:
+        assert leaf.shape[0] == 8 and leaf.sharding.shard_shape(leaf.shape)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(data__order="packed"), ["data.order='stream'", "'packed'"]),
+        (dict(model__pattern="8"), ["model.pattern", "'8'"]),
+        (dict(run__accumulate=2), ["run.accumulate=1", "2"]),
+        (dict(data__seq_len=24), ["seq_len=24", "16 tokens"]),
+    ],
+)
+def test_what_cannot_be_carried_is_refused(carrying, values, words):
+    with pytest.raises(UsageError) as error:
+        configs.check(carrying(**values))
+    assert all(word in str(error.value) for word in words)
