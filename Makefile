@@ -15,7 +15,7 @@ LIBTPU  = @test -e .libtpu/libtpu/libtpu.so \
 help:
 	@echo "make train         trains $(CONFIG) in $(RUN), or continues it"
 	@echo "make test          runs the tests"
-	@echo "make test-all      runs more cases of the TPU kernels too"
+	@echo "make test-all      runs more cases of kernels, schedules and sweeps too"
 	@echo "make test-oldest   runs them with the oldest JAX that is supported"
 	@echo "make test-reliability ends, damages and fuzzes training jobs, for an hour"
 	@echo "make test-gpu      runs those that need a Hopper GPU, with EXTRAS=dev,cuda"

@@ -4,11 +4,12 @@ Question:  at equal parameters and tokens, do states replace attention over ever
            window ends, at late positions in a document?
 Command:   python experiments/sweep.py --config=configs/recurrence.py:small --sweep=runs/recurrence
            python experiments/train.py --config=configs/recurrence.py:125m --run=runs/recurrence
-Arguments: a size (30m); `kind`: dense, window, brt, lightning, gdn or hybrid (hybrid); `source` of the
+Arguments: a size (30m); `kind`: dense, window, brt, lightning, gdn or hybrid (dense); `source` of the
            text, long documents (stdlib); `small`: the Python standard library as bytes; `runlocal`. Windows,
-           blocks of tokens and the number of state vectors are model.attention_block (512; `small`: 64)
+           blocks of tokens and the number of state vectors are a sixteenth of data.seq_len
 Sweep:     all six kinds, three seeds. The inner width of the MLPs makes up for what mixers take, so that all
-           have the parameters of dense. Recurrent layers go on from step to step within a document
+           have as many parameters. Recurrent layers go on from row to row within a document, in training and
+           in evaluation; attention sees its row
 Metrics:   val/bits_per_byte_from/N: bits per byte at positions N .. 2N - 1 of a document
 Hardware:  one GPU or TPU; `small`: any GPU, or two CPU cores (about 20 minutes a run)
 Source:    Block-Recurrent Transformers (arXiv:2203.07852), Lightning Attention-2 (arXiv:2401.04658), Gated
@@ -39,25 +40,22 @@ def patterns(depth, window):
 
 
 def settings(config, kind):
-    """Overrides of a kind: its pattern, and the inner width with which it is as large as dense."""
-    known = patterns(config.model.depth, config.model.attention_block)
+    """Overrides of a kind: its pattern, and the inner width that makes it as large as the config's model."""
+    known = patterns(config.model.depth, config.data.seq_len // 16)
     if kind not in known:
         raise UsageError(f"Unknown kind {kind!r}.{nearest(kind, known)}")
-    config = config.copy_and_resolve_references()
-    config.data.carry = False
-    config.model.pattern = known["dense"]
-    dense = check(config)
-    own = dataclasses.replace(dense, pattern=known[kind])
-    wider = (dense.num_params() - own.num_params()) / (3 * dense.width * dense.depth)
+    given = check(config)
+    own = dataclasses.replace(given, pattern=known[kind])
+    wider = (given.num_params() - own.num_params()) / (3 * given.width * given.depth)
     return {
         "model.pattern": known[kind],
-        "model.ffn": dense.ffn + 8 * round(wider / 8),
+        "model.ffn": given.ffn + 8 * round(wider / 8),
         "data.carry": own.recurrent,
     }
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, size="30m", kind="hybrid", source="stdlib", small=False, runlocal=False)
+    arg = parse_arg(arg, size="30m", kind="dense", source="stdlib", small=False, runlocal=False)
     config = base_config("nano" if arg.small else arg.size)
     config.model.attention_block = 512
     config.data.update(source=arg.source, order="stream", seq_len=4096, batch_size=16)
@@ -65,6 +63,7 @@ def get_config(arg=None):
     config.run.update(steps=20_000, remat="dots", eval_every=1000, checkpoint_every=1000)
     if arg.small:
         small(config)
+        config.data.update(seq_len=2048, batch_size=8)
     if arg.runlocal:
         config = runlocal(config)
     config.update_from_flattened_dict(settings(config, arg.kind))
@@ -72,5 +71,5 @@ def get_config(arg=None):
 
 
 def sweep(add, config):
-    for kind in patterns(config.model.depth, config.model.attention_block):
+    for kind in patterns(config.model.depth, config.data.seq_len // 16):
         add(kind, settings(config, kind), seeds=range(3), against="dense")

@@ -29,7 +29,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blockjax.kernels.block_sparse_attention.bench import interleaved, make_mask
+from blockjax.kernels.benching import interleaved
+from blockjax.kernels.block_sparse_attention.bench import make_mask
 from filelock import FileLock
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P

@@ -15,6 +15,7 @@ Needs libtpu, importable or named by TPU_LIBRARY_PATH.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -98,17 +100,24 @@ def main(argv: list[str] | None = None) -> list[Schedule]:
 
 
 def measure(chip: str, case: Case) -> list[Schedule]:
-    """Compiles forward and backward of the case in a process of their own and reads what it dumped."""
+    """Compiles forward and backward of the case and reads what was scheduled."""
+    with dumped(__file__, chip, json.dumps(asdict(case))) as folder:
+        return [read(chip, case, kernel, folder) for kernel in KERNELS]
+
+
+@contextlib.contextmanager
+def dumped(script: str, chip: str, *case: str) -> Iterator[pathlib.Path]:
+    """What libtpu scheduled of all that `script --compile chip *case` compiles, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
-            [sys.executable, __file__, "--compile", chip, json.dumps(asdict(case))],
+            [sys.executable, script, "--compile", chip, *case],
             env=compiler_environment(chip, f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"),
             capture_output=True,
             text=True,
         )
         if run.returncode:
-            raise SystemExit(f"{case} does not compile for {chip}:\n{run.stderr[-3000:]}")
-        return [read(chip, case, kernel, pathlib.Path(folder)) for kernel in KERNELS]
+            raise SystemExit(f"{' '.join(case)} does not compile for {chip}:\n{run.stderr[-3000:]}")
+        yield pathlib.Path(folder)
 
 
 def compiler_environment(chip: str, flags: str = "") -> dict[str, str]:
@@ -201,21 +210,14 @@ def read(chip: str, case: Case, kernel: str, folder: pathlib.Path) -> Schedule:
         q_tile, k_tile = (q_tile, case.block) if kernel == "dkv" else (case.block, k_tile)
     tiles = q_tile * k_tile / 128**2
     bundles = sum(path.values())
-    columns = {name: i for i, name in enumerate(program.units)}
-
-    def used(unit):
-        """Bundles that would do if this unit alone were busy."""
-        slots = sum(program.use[i][columns[unit]] * times for i, times in path.items())
-        return slots / program.capacity[columns[unit]]
-
     return Schedule(
         chip=chip,
         case=case,
         kernel=kernel,
         bundles=bundles / tiles,
-        floor=used("MATMUL") / tiles,
-        occupancy={name: used(unit) / bundles for unit, name in UNITS.items()},
-        spills=used("VSTORE:SPILL") / tiles,
+        floor=program.used("MATMUL", path) / tiles,
+        occupancy={name: program.used(unit, path) / bundles for unit, name in UNITS.items()},
+        spills=program.used("VSTORE:SPILL", path) / tiles,
     )
 
 
@@ -232,7 +234,9 @@ class Program:
     @staticmethod
     def of(folder: pathlib.Path, kernel: str) -> "Program":
         def newest(suffix):
-            found = [p for p in folder.iterdir() if re.fullmatch(rf"\d+-{kernel}.*-\d+-{suffix}", p.name)]
+            # Kernels that are differentiated may have jvp_ and transpose_ before their names.
+            name = rf"\d+-(?:jvp_|transpose_)*{kernel}.*-\d+-{suffix}"
+            found = [p for p in folder.iterdir() if re.fullmatch(name, p.name)]
             assert len(found) == 1, (kernel, suffix, found)
             return found[0].read_text()
 
@@ -250,6 +254,11 @@ class Program:
         units = next(line for line in lines if line.startswith("MATMUL")).split(", ")
         assert len(text) == len(rows) - 1, (len(text), len(rows))
         return Program(depth, text, units, rows[0], rows[1:])
+
+    def used(self, unit: str, path: dict[int, int]) -> float:
+        """Bundles that would do on this path if the unit alone were busy."""
+        column = self.units.index(unit)
+        return sum(self.use[i][column] * times for i, times in path.items()) / self.capacity[column]
 
     def full_block_path(self) -> dict[int, int]:
         """Bundles of one turn of the loop over tiles, each with how often it runs.

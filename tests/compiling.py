@@ -2,12 +2,35 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import jax
 import pytest
 
 from blockjax.pods import libtpu
 from experiments import tpu_schedule
+
+CHIPS = [*tpu_schedule.TOPOLOGIES]
+
+
+def on_each_chip(compiled: int, few: dict[str, list[int]] | None = None):
+    """Parametrizes `chip` and `cases`, indices of what a module compiles.
+
+    For each chip those of `few`, by default everything once over the chips; in `make test-all` all of them.
+    """
+    few = few or {chip: [*range(i, compiled, len(CHIPS))] for i, chip in enumerate(CHIPS)}
+    every = [pytest.param(chip, [*range(compiled)], marks=pytest.mark.exhaustive) for chip in CHIPS]
+    return pytest.mark.parametrize(
+        ("chip", "cases"), [*few.items(), *every], ids=[*few, *(f"{chip}-all" for chip in CHIPS)]
+    )
+
+
+def compile_each(chip: str, cases: Iterable[tuple], compile_one: Callable) -> None:
+    """Calls `compile_one(*case, sharding=...)`, for arrays on one chip, in a process that compiles for it."""
+    mesh = tpu_schedule.one_chip(chip)
+    with jax.sharding.set_mesh(mesh):
+        for case in cases:
+            compile_one(*case, sharding=jax.sharding.NamedSharding(mesh, jax.P()))
 
 
 def need_libtpu() -> None:

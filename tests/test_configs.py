@@ -15,6 +15,7 @@ from blockjax.analysis import report
 from blockjax.train import loop
 from blockjax.train.config import load_config
 from blockjax.train.metrics import read_metrics
+from tests.cases import sampled
 
 pytestmark = pytest.mark.usefixtures("dense_attention")
 
@@ -26,6 +27,7 @@ ARGUMENTS = {
     "windowed": ["window=64"],
     "locality": ["mode=segment"],
     "depth": ["blocks=2"],
+    "recurrence": ["kind=brt", "kind=hybrid"],
 }
 
 
@@ -45,7 +47,12 @@ def quick_compilation():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "arg"), [(name, arg) for name in CONFIGS for arg in ARGUMENTS.get(name, [""])], ids=str
+    ("name", "arg"),
+    sampled(
+        [(name, arg) for name in CONFIGS for arg in ARGUMENTS.get(name, [""])],
+        lambda name, arg: arg == ARGUMENTS.get(name, [""])[0],
+    ),
+    ids=str,
 )
 def test_a_config_trains_and_reports(name, arg, data_dir, tmp_path):
     config = load_config(f"{ROOT}/configs/{name}.py:{','.join(filter(None, [arg, 'runlocal']))}")
@@ -75,7 +82,10 @@ def test_a_config_trains_and_reports(name, arg, data_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "only", "smaller"),
-    [("locality", "beta-5*-seed0", ["model.depth=3"]), ("depth", "4-*lock*-seed0", [])],
+    sampled(
+        [("locality", "beta-5*-seed0", ["model.depth=3"]), ("depth", "4-*lock*-seed0", [])],
+        lambda name, *_: name == "locality",
+    ),
 )
 def test_a_sweep_runs_at_smoke_size(name, only, smaller, data_dir, tmp_path):
     """Three settings of one seed, two steps each; the plan checks all others."""

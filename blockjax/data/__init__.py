@@ -16,10 +16,11 @@ A batch is made in five steps, each a file that knows only the one before:
 from blockjax.data.corpus import Corpus, open_corpus
 from blockjax.data.index import TokenIndex, token_index
 from blockjax.data.loader import Loader
-from blockjax.data.orders import Evaluation, Order, make_order
+from blockjax.data.orders import EVALUATIONS, Evaluation, Order, make_order
 from blockjax.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [
+    "EVALUATIONS",
     "Corpus",
     "Evaluation",
     "Loader",

@@ -83,6 +83,7 @@ def assemble(index: TokenIndex, rows: Sequence[Sequence[Fragment]], seq_len: int
         targets [R, T] int32, -1 where there is no loss (padding);
         segment_ids [R, T] int32, 0, 1, .. for the fragments of a row, -1 for padding;
         positions [R, T] int32, distance from the start of the fragment;
+        offsets [R, T] int32, distance from the start of the document;
         starts [R, T] bool, whether the input is the boundary that begins a document;
         target_bytes [R] float32, UTF-8 bytes that the row's targets stand for: whole numbers, spread
             evenly over the targets of a document, whose sum over its fragments is exact (as long as a
@@ -120,6 +121,7 @@ def assemble(index: TokenIndex, rows: Sequence[Sequence[Fragment]], seq_len: int
         "targets": grid(targets, -1, np.int32),
         "segment_ids": grid((np.arange(len(row)) - first)[number], -1, np.int32),
         "positions": grid(position, 0, np.int32),
+        "offsets": grid(in_document, 0, np.int32),
         "starts": grid(starts, False, np.bool_),
         "target_bytes": np.bincount(row, num_bytes, minlength=len(rows)).astype(np.float32),
     }
@@ -201,20 +203,52 @@ class Evaluation(Order):
         super().__init__(index, batch_size, seq_len)
         if batches is not None and batches < 1:
             raise UsageError(f"the number of evaluation batches must be at least 1, and is {batches}")
-        self._stream = DocumentStream(index.num_targets, (0,))
-        self._rows = permutation((0,), -(-self._stream.epoch_length // seq_len))
-        whole = -(-len(self._rows) // batch_size)
+        whole = self._lay()
         self._batches = whole if batches is None else min(batches, whole)
+
+    def _lay(self) -> int:
+        """Decides what is in which row; returns the number of batches that hold all."""
+        self._stream = DocumentStream(self.index.num_targets, (0,))
+        self._rows = permutation((0,), -(-self._stream.epoch_length // self.seq_len))
+        return -(-len(self._rows) // self.batch_size)
 
     def __len__(self) -> int:
         return self._batches
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest document of the split."""
+        return int(self.index.num_targets.max(initial=1))
 
     def row(self, k: int, b: int) -> list[Fragment]:
         place = k * self.batch_size + b
         if place >= len(self._rows):
             return []
-        begin = int(self._rows[place]) * self.seq_len
-        return self._stream.read(begin, min(self.seq_len, self._stream.epoch_length - begin))
+        return _read_epoch(self._stream, int(self._rows[place]) * self.seq_len, self.seq_len)
+
+
+class StreamedEvaluation(Evaluation):
+    """As `Evaluation` with a stream for each row, as `Stream` has it: row b of batch k + 1 goes on.
+
+    Every row of the first batch starts a document. Rows whose documents are at an end, or that never had
+    one, are padding.
+    """
+
+    def _lay(self) -> int:
+        lengths = self.index.num_targets
+        self._streams = [
+            DocumentStream(lengths[documents], (0, b), documents)
+            for b, documents in enumerate(deal(lengths, self.batch_size, seed=0))
+        ]
+        return max(-(-stream.epoch_length // self.seq_len) for stream in self._streams)
+
+    def row(self, k: int, b: int) -> list[Fragment]:
+        return _read_epoch(self._streams[b], k * self.seq_len, self.seq_len)
+
+
+def _read_epoch(stream: DocumentStream, begin: int, count: int) -> list[Fragment]:
+    """As `stream.read`, up to the end of its first epoch."""
+    return stream.read(begin, min(count, max(0, stream.epoch_length - begin)))
 
 
 def deal(lengths: np.ndarray, lanes: int, seed: int) -> list[np.ndarray]:
@@ -230,6 +264,8 @@ def deal(lengths: np.ndarray, lanes: int, seed: int) -> list[np.ndarray]:
 
 
 ORDERS = {"packed": Packed, "stream": Stream}
+EVALUATIONS = {"packed": Evaluation, "stream": StreamedEvaluation}
+"""How validation rows lie beside each training order."""
 
 
 def make_order(name: str, index: TokenIndex, batch_size: int, seq_len: int, seed: int) -> Order:

@@ -153,6 +153,7 @@ class BlockMask:
         if not 2 <= len(shape) <= 4:
             raise UsageError(f"Blocks must be [nq, nk], [h, nq, nk] or [b, h, nq, nk], got shape {shape}.")
         nq, nk = shape[-2:]
+        _check_sizes(bq=bq, bk=bk)
         base = _geometry(
             nq * bq if T is None else T, nk * bk if S is None else S, bq, bk, q_offset, kv_offset
         )
@@ -195,6 +196,7 @@ class BlockMask:
             raise UsageError(
                 f"Counts of shape {np.shape(count)} do not fit indices {shape}: give {shape[:-1]}."
             )
+        _check_sizes(bq=bq, bk=bk)
         T = shape[-2] * bq if T is None else T
         base = _geometry(T, T if S is None else S, bq, bk, q_offset, kv_offset)
         if shape[-2] != base.nq:
@@ -467,12 +469,16 @@ def _is_integer(value) -> bool:
     return np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer)
 
 
-def _geometry(T, S, bq, bk, q_offset, kv_offset) -> BlockMask:
-    for name, value in (("T", T), ("S", S), ("bq", bq), ("bk", bk)):
+def _check_sizes(**sizes) -> None:
+    for name, value in sizes.items():
         if not isinstance(value, int | np.integer) or value < 1:
             raise UsageError(f"{name} must be a positive integer known before tracing, got {name}={value!r}.")
         if value > FAR:
             raise UsageError(f"{name}={value} is more than the {FAR} that positions in int32 allow.")
+
+
+def _geometry(T, S, bq, bk, q_offset, kv_offset) -> BlockMask:
+    _check_sizes(T=T, S=S, bq=bq, bk=bk)
     return BlockMask(
         T=int(T), S=int(S), bq=int(bq), bk=int(bk), q_offset=_normal(q_offset), kv_offset=_normal(kv_offset)
     )
@@ -505,6 +511,10 @@ def from_tags(tags, predicates, base: BlockMask) -> "Lists":
 
 def compact(index, tag, predicates, base: BlockMask) -> "Lists":
     """Lists of the entries whose tag is not 0, in their order; concrete lists are cut to the longest row."""
+    if 0 in index.shape:
+        raise UsageError(
+            f"Lists of shape {index.shape} have no place: give each row one, negative if unused."
+        )
     xp = array_module(index, tag)
     tag = xp.broadcast_to(tag, index.shape)
     counts = xp.sum(tag != 0, axis=-1, dtype=np.int32)

@@ -23,6 +23,7 @@ from blockjax.models import TransformerConfig, preset
 from blockjax.models.transformer import REMAT
 from blockjax.train.optimizer import OPTIMIZERS, SCHEDULES, make_schedule
 
+LONGEST_ROW = 2**26  # tokens; the order of their blocks is a list on the host
 IDENTITY = ("seed", "model", "data", "optimizer")
 
 CHOICES = {
@@ -249,6 +250,10 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
     make_schedule(config.optimizer, config.run.steps)
     how = {key: config.run[key] for key in HOW}
     model = TransformerConfig(**config.model, vocab_size=vocab_size, **how, context=config.data.seq_len)
+    if config.data.seq_len > LONGEST_ROW:
+        raise UsageError(
+            f"data.seq_len={config.data.seq_len} is too long: a row has at most {LONGEST_ROW} tokens."
+        )
     if config.data.carry:
         check_carry(config, model)
     warmup = config.optimizer.locality_warmup
@@ -357,11 +362,11 @@ def identity(config: ConfigDict) -> dict:
 
 
 def flatten(config, prefix: str = "") -> dict:
-    """Leaves by dotted key: `model.depth` -> 12."""
+    """Leaves by dotted key: `model.depth` -> 12; what is empty inside a section is a leaf."""
     flat = {}
     for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, ConfigDict) else {name: value}
+        name, section = f"{prefix}{key}", isinstance(value, ConfigDict) and (value or not prefix)
+        flat |= flatten(value, f"{name}.") if section else {name: value}
     return flat
 
 

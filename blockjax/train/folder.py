@@ -66,7 +66,7 @@ class RunFolder:
             raise UsageError(f"{file} is damaged ({error}); restore it or use another --run.") from error
         if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
             raise UsageError(f"{file} is damaged: it holds no config; restore it or use another --run.")
-        if missing := [key for key in RECORD if key not in record]:
+        if missing := [key for key in RECORD if not isinstance(record.get(key), dict)]:
             raise UsageError(f"{file} is damaged: it lacks {missing[0]!r}; restore it or use another --run.")
         return record
 

@@ -88,10 +88,12 @@ def train(
         placement = batch_sharding(mesh)
         dial, everywhere = make_dial(model_config, config.optimizer.locality_warmup), NamedSharding(mesh, P())
         run_step = compile_step(plan, config, mesh, dial, display) if start < config.run.steps else None
-        hosts.barrier(
-            "the training step is compiled", COMPILE_LIMIT
-        )  # else step 1 waits for the last of them
-        run_eval = jax.jit(make_eval_step(plan.graph, dial), out_shardings=everywhere)
+        # Else the first step waits for the slowest to compile.
+        hosts.barrier("the training step is compiled", COMPILE_LIMIT)
+        carried = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract.memory)
+        run_eval = jax.jit(
+            make_eval_step(plan.graph, evaluation.longest, dial), out_shardings=(everywhere, carried)
+        )
         run_inspect = jax.jit(make_inspect_step(plan.graph, dial), out_shardings=everywhere)
         log = stack.enter_context(StepLog(folder, config, model_config, display, start, watch=watch))
         preemption = stack.enter_context(Preemption())
@@ -154,7 +156,7 @@ def open_data(
     order = data.make_order(c.order, train_index, c.batch_size, c.seq_len, config.seed)
     fixed = data.token_index(corpus, tokenizer, "validation", config.run.data_dir, quiet=quiet)
     count = math.ceil(config.run.eval_sequences / c.batch_size)
-    return corpus, tokenizer, order, data.Evaluation(fixed, c.batch_size, c.seq_len, count)
+    return corpus, tokenizer, order, data.EVALUATIONS[c.order](fixed, c.batch_size, c.seq_len, count)
 
 
 def compile_step(
@@ -172,13 +174,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Bits per byte, nats per token and perplexity on fixed validation sequences.
 
-    Also bits per byte by position in the document as far as a row shows it, in groups named by where they
-    begin, if there is more than one. A token stands for as many bytes as all do on average.
+    Also bits per byte by position in the document, in groups named by where they begin, if there is more
+    than one. A token stands for as many bytes as all do on average.
     """
-    sums = []
+    # Rows of the first batch start documents, and so forget what training remembers.
+    sums, memory = [], state.memory
     for number, batch in enumerate(batches):
         with watch(f"evaluation batch {number}"):
-            sums.append(jax.device_get(run_eval(state.params, state.step, batch)))
+            found, memory = run_eval(state.params, state.step, batch, memory)
+            sums.append(jax.device_get(found))
     nats_at, tokens_at, num_bytes = (
         sum(np.float64(s[key]) for s in sums) for key in ("nats", "tokens", "bytes")
     )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from blockjax.masks.predicates import array_module
-from blockjax.models import TransformerConfig
+from blockjax.models import Transformer, TransformerConfig
 from blockjax.parallel.mesh import compiler_options, partition_spec
 from blockjax.recurrence import forget
 from blockjax.train.config import ConfigDict
@@ -59,16 +59,22 @@ def carried_loss(
     Returns:
       The loss; its sums, and the memory after the batch.
     """
-    model, after = nnx.merge(graph, params), None
-    if memory is None:
-        hidden = model.hidden(batch["tokens"], **context(batch), locality=locality)
-    else:
-        memory = forget(memory, batch["starts"][:, 0])
-        hidden, after = model.advance(batch["tokens"], memory, **context(batch), locality=locality)
+    model = nnx.merge(graph, params)
+    hidden, after = carried_hidden(model, batch, memory, locality)
     targets, layout = batch["targets"], model.layout(batch["targets"].shape[1])
     targets = targets if layout is None else layout.apply(targets)
     loss, sums = cross_entropy(hidden, model.head_weight(), targets, z_loss)
     return loss, (sums, after)
+
+
+def carried_hidden(
+    model: Transformer, batch: Batch, memory: dict | None, locality=None
+) -> tuple[jax.Array, dict | None]:
+    """`Transformer.hidden` of rows that go on where `memory` ends, and the memory after them."""
+    if memory is None:
+        return model.hidden(batch["tokens"], **context(batch), locality=locality), None
+    memory = forget(memory, batch["starts"][:, 0])
+    return model.advance(batch["tokens"], memory, **context(batch), locality=locality)
 
 
 def batch_keys(config: ConfigDict) -> tuple[str, ...]:
@@ -178,35 +184,37 @@ def deterministic_options(config: ConfigDict, mesh: Mesh) -> dict[str, bool]:
 
 
 def make_eval_step(
-    graph: nnx.GraphDef, dial: Dial = lambda step: None
-) -> Callable[[Any, jax.Array, Batch], Metrics]:
-    """`(params, step, batch) -> {nats, tokens, bytes}`, sums over the targets of the batch.
+    graph: nnx.GraphDef, longest: int, dial: Dial = lambda step: None
+) -> Callable[[Any, jax.Array, Batch, dict | None], tuple[Metrics, dict | None]]:
+    """`(params, step, batch, memory) -> ({nats, tokens, bytes}, memory)`, sums over the targets of the batch.
 
-    `nats` and `tokens` are arrays: sums over the targets at positions from each of `position_edges` to the
-    next. Recurrent layers start anew in each row.
+    `nats` and `tokens` are arrays: sums over the targets at positions in the document from each of
+    `position_edges(longest)` to the next. Rows go on where `memory` ends, except where they start a
+    document; without one (None) they start anew.
     """
 
-    def evaluate(params, step: jax.Array, batch: Batch) -> Metrics:
+    def evaluate(params, step: jax.Array, batch: Batch, memory: dict | None) -> tuple[Metrics, dict | None]:
         model = nnx.merge(graph, params)
-        hidden = model.hidden(batch["tokens"], **context(batch), locality=dial(step))
-        T = batch["tokens"].shape[1]
-        lay = lambda x: x if (layout := model.layout(T)) is None else layout.apply(x)  # noqa: E731
-        targets, positions = lay(batch["targets"]), lay(batch["positions"])
+        hidden, after = carried_hidden(model, batch, memory, dial(step))
+        layout = model.layout(batch["tokens"].shape[1])
+        lay = lambda x: x if layout is None else layout.apply(x)  # noqa: E731
+        targets, offsets = lay(batch["targets"]), lay(batch["offsets"])
         nats = token_nats(hidden, model.head_weight(), targets)
-        edges = (*position_edges(T), T)
-        inside = [(positions >= a) & (positions < b) for a, b in itertools.pairwise(edges)]
-        return {
+        edges = (*position_edges(longest), np.iinfo(np.int32).max)
+        inside = [(offsets >= a) & (offsets < b) for a, b in itertools.pairwise(edges)]
+        sums = {
             "nats": jnp.stack([jnp.sum(jnp.where(here, nats, 0.0)) for here in inside]),
             "tokens": jnp.stack([jnp.sum(here & (targets >= 0), dtype=jnp.float32) for here in inside]),
             "bytes": jnp.sum(batch["target_bytes"]),
         }
+        return sums, after
 
     return evaluate
 
 
-def position_edges(seq_len: int) -> list[int]:
-    """Where groups of positions in a document begin: 0, 64, 128, 256, ..., as long as a row is."""
+def position_edges(longest: int) -> list[int]:
+    """Where groups of positions in a document begin: 0, 64, 128, 256, ..., as far as the longest goes."""
     edges = [0, FIRST_EDGE]
-    while edges[-1] < seq_len:
+    while edges[-1] < longest:
         edges.append(2 * edges[-1])
     return edges[:-1]

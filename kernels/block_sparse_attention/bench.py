@@ -11,14 +11,12 @@ import argparse
 import functools
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blockjax.kernels.benching import interleaved
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
 from blockjax.kernels.block_sparse_attention.peers import PEERS, Runner, jax_runner, missing
 from blockjax.kernels.platforms import target
@@ -165,19 +163,6 @@ def check(case: Case, name: str, ours: Runner, peer: Runner) -> None:
         error = np.linalg.norm(a - b) / np.linalg.norm(b)
         if not error <= tolerance:
             raise AssertionError(f"{case}: {what} differs from that of {name} by {error:.1e}.")
-
-
-def interleaved(runs: list[tuple[Callable, Callable]], rounds: int, calls: int = 1) -> list[float]:
-    """Median milliseconds of each (start, wait): in each round, `calls` starts in a row and one wait."""
-    times = [[] for _ in runs]
-    for _ in range(rounds + 1):
-        for (start, wait), taken in zip(runs, times, strict=True):
-            begin = time.perf_counter()
-            for _ in range(calls):
-                out = start()
-            wait(out)
-            taken.append(1e3 * (time.perf_counter() - begin) / calls)
-    return [statistics.median(taken[1:]) for taken in times]
 
 
 def main(argv: list[str] | None = None) -> None:

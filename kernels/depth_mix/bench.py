@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blockjax.kernels.block_sparse_attention.bench import interleaved
+from blockjax.kernels.benching import copy_bandwidth, interleaved
 from blockjax.kernels.depth_mix.api import depth_join, depth_mix, depth_read
 from blockjax.kernels.depth_mix.peers import PEERS, Runner, jax_runner, missing
 from blockjax.kernels.depth_mix.spec import Spec, floor_bytes
@@ -147,14 +147,6 @@ CASES = {
     },
 }
 """By platform; a TPU has those of a CPU."""
-
-
-def copy_bandwidth(platform: str, rounds: int, calls: int) -> float:
-    """Bytes a second of a large elementwise pass, counting what it reads and what it writes."""
-    x = jnp.ones((1 << 30 if platform == "gpu" else 1 << 26) // 4, jnp.float32)
-    run = jax.jit(lambda x: x + 1)
-    (ms,) = interleaved([(lambda: run(x), jax.block_until_ready)], rounds, calls)
-    return 2 * x.nbytes / ms * 1e3
 
 
 def measure(case, bandwidth: float, rounds: int, calls: int) -> dict:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from blockjax.kernels import dispatch
-from blockjax.kernels.linear_attention import passes, reference, tpu, xla
+from blockjax.kernels.linear_attention import hopper, passes, reference, tpu, xla
 from blockjax.kernels.linear_attention.spec import KINDS, Inputs, Options, Spec, floor, form, wide
 from blockjax.kernels.platforms import target
 from jax import lax
@@ -11,8 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from blockjax.errors import UsageError
 
-BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference}
-"""Fastest first: `implementation=None` takes the first that supports the call."""
+BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference, "hopper": hopper}
+"""Fastest first: `implementation=None` takes the first that supports the call.
+
+`hopper` serves by name only: a GPU has not confirmed it for decays a token or documents at Hk 64 and Hv 128.
+"""
 
 
 def linear_attention(

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockjax.data.index import TokenIndex
-from blockjax.data.orders import DocumentStream, Evaluation, deal, make_order, permutation
+from blockjax.data.orders import (
+    EVALUATIONS,
+    DocumentStream,
+    Evaluation,
+    StreamedEvaluation,
+    deal,
+    make_order,
+    permutation,
+)
 from blockjax.errors import UsageError
 
 LENGTHS = [5, 1, 17, 3, 40, 2, 9, 11, 6, 4]
@@ -186,10 +194,11 @@ def test_bytes_of_a_whole_document(make_index):
     assert halves.sum() == 6 * 19 and halves.max() - halves.min() <= 1
 
 
-@pytest.mark.parametrize("batch_size, seq_len", [(3, 16), (4, 7), (2, 500)])
-def test_evaluation_holds_every_position_once(make_index, batch_size, seq_len):
+@pytest.mark.parametrize("kind", EVALUATIONS.values())
+@pytest.mark.parametrize("batch_size, seq_len", [(3, 16), (4, 7), (2, 500), (12, 5)])
+def test_evaluation_holds_every_position_once(make_index, kind, batch_size, seq_len):
     index = make_index(LENGTHS)
-    evaluation = Evaluation(index, batch_size, seq_len)
+    evaluation = kind(index, batch_size, seq_len)
     batches = [evaluation.batch(k) for k in range(len(evaluation))]
     for key in ("tokens", "targets", "target_bytes"):
         assert {b[key].shape[0] for b in batches} == {batch_size}
@@ -199,6 +208,23 @@ def test_evaluation_holds_every_position_once(make_index, batch_size, seq_len):
     assert np.array_equal(there, np.concatenate([b["segment_ids"].ravel() for b in batches]) >= 0)
     assert (np.diff(there.reshape(-1, seq_len).astype(int)) <= 0).all()  # padding ends a row
     assert sum(b["target_bytes"].sum() for b in batches) == index.num_bytes.sum()
+
+
+def test_streamed_evaluation_goes_on_in_each_row(make_index):
+    """Also two rows more than documents: they are padding."""
+    index = make_index(LENGTHS)
+    evaluation = StreamedEvaluation(index, 12, 5)
+    batches = [evaluation.batch(k) for k in range(len(evaluation))]
+    there = batches[0]["targets"][:, 0] >= 0
+    assert there.sum() == 10 and np.array_equal(batches[0]["starts"][:, 0], there)
+    keys = "targets", "offsets", "starts"
+    whole = {key: np.concatenate([b[key] for b in batches], axis=1) for key in keys}
+    for row in range(12):
+        real = whole["targets"][row] >= 0
+        offsets, starts = whole["offsets"][row][real], whole["starts"][row][real]
+        assert np.array_equal(starts, offsets == 0)
+        assert np.array_equal(offsets[1:][~starts[1:]], offsets[:-1][~starts[1:]] + 1)
+    assert evaluation.longest == whole["offsets"].max() + 1
 
 
 def test_evaluation_takes_the_first_batches_of_the_same_rows(make_index):

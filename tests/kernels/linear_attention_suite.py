@@ -85,7 +85,13 @@ IDS[1] = [0] * 20 + [1] * 17
 
 
 EXHAUSTIVE = pytest.mark.exhaustive
-COMPILES = "test_bfloat16", "test_float64", "test_finite_differences", "test_decode_is_prefill"
+COMPILES = (
+    "test_bfloat16",
+    "test_states_are_not_rounded",
+    "test_float64",
+    "test_finite_differences",
+    "test_decode_is_prefill",
+)
 """Tests with a program of their own; all others run the same one."""
 
 
@@ -222,6 +228,21 @@ class LinearAttentionSuite:
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
             a, b = (np.asarray(x, "float64") for x in (a, b))
             assert np.sqrt(np.mean((a - b) ** 2)) <= 5e-3 * np.sqrt(np.mean(b**2))
+
+    def test_states_are_not_rounded(self, form):
+        """At 1024 bfloat16 has steps of 8: small writes add up only in float32, forward and backward."""
+        if form[0] == "delta":
+            return
+        args = self.make(form, dtype="bfloat16")
+        values = dict.fromkeys("qkv", 0.5) | dict(log_decay=0.0, initial_state=1024.0)
+        args = {name: jnp.full_like(x, values[name]) for name, x in args.items()}
+        do, dstate = cotangents_of(args)
+        cotangents, ids = (jnp.full_like(do, 0.5), jnp.full_like(dstate, 1024.0)), np.zeros_like(IDS)
+        (_, state), gradients = self.run(form, args, cotangents, ids)
+        np.testing.assert_allclose(state, 1024 + 37 * 0.25, rtol=1e-6)
+        # Two queries a state, and a scale that bfloat16 rounds.
+        added = 37 * 2 * 0.25 * 8**-0.5
+        np.testing.assert_allclose(gradients["initial_state"], 1024 + added, atol=0.01 * added)
 
     def test_float64(self, form):
         with jax.enable_x64(True):

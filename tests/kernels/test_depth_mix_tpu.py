@@ -9,8 +9,7 @@ from blockjax.kernels.depth_mix import Spec, depth_join, depth_read, tpu
 from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments import tpu_schedule
-from tests.compiling import compile_elsewhere
+from tests.compiling import compile_each, compile_elsewhere, on_each_chip
 from tests.kernels.depth_mix_suite import (
     DepthMixSuite,
     assert_close,
@@ -118,10 +117,7 @@ COMPILED = [
 
 def compile_for(chip, cases):
     """Forward and backward of these of `COMPILED`, read and join; runs in a process of its own."""
-    mesh = tpu_schedule.one_chip(chip)
-    for case in (COMPILED[i] for i in cases):
-        with jax.sharding.set_mesh(mesh):
-            compile_one(*case, jax.sharding.NamedSharding(mesh, jax.P()))
+    compile_each(chip, (COMPILED[i] for i in cases), compile_one)
 
 
 def compile_one(n, R, tokens, M, heads, dtype, unstacked, sharding):
@@ -149,16 +145,6 @@ def compile_one(n, R, tokens, M, heads, dtype, unstacked, sharding):
         jax.jit(both).lower(*args).compile()
 
 
-CHIPS = [*tpu_schedule.TOPOLOGIES]
-
-
-@pytest.mark.parametrize(
-    ("chip", "cases"),
-    [
-        *((chip, [i]) for i, chip in enumerate(CHIPS)),
-        *(pytest.param(chip, [*range(len(COMPILED))], marks=EXHAUSTIVE) for chip in CHIPS),
-    ],
-    ids=[*CHIPS, *(f"{chip}-all" for chip in CHIPS)],
-)
+@on_each_chip(len(COMPILED), few=dict(v5e=[0], v5p=[1], v6e=[2]))
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_depth_mix_tpu", chip, cases)

@@ -9,8 +9,7 @@ from blockjax.kernels.linear_attention import Spec, linear_attention, tpu
 from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments import tpu_schedule
-from tests.compiling import compile_elsewhere
+from tests.compiling import compile_each, compile_elsewhere, on_each_chip
 from tests.kernels.linear_attention_suite import (
     IDS,
     LinearAttentionSuite,
@@ -85,15 +84,13 @@ COMPILED = [
     ("delta", "token", 1, 8192, 16, 16, 128, 128, "bfloat16", True, True, None),
     ("delta", "none", 1, 300, 4, 2, 64, 128, "float32", False, False, 32),
     ("delta", "head", 2, 512, 6, 6, 256, 512, "bfloat16", False, True, 128),
+    ("delta", "token", 1, 200, 4, 2, 64, 128, "bfloat16", True, True, None),
 ]
 
 
 def compile_for(chip, cases):
     """Forward and backward of these of `COMPILED`; runs in a process of its own."""
-    mesh = tpu_schedule.one_chip(chip)
-    for case in (COMPILED[i] for i in cases):
-        with jax.sharding.set_mesh(mesh):
-            compile_one(*case, jax.sharding.NamedSharding(mesh, jax.P()))
+    compile_each(chip, (COMPILED[i] for i in cases), compile_one)
 
 
 def compile_one(kind, decay, B, T, N, K, Hk, Hv, dtype, documents, state, chunk, sharding):
@@ -118,16 +115,7 @@ def compile_one(kind, decay, B, T, N, K, Hk, Hv, dtype, documents, state, chunk,
     jax.jit(both).lower(args, ids).compile()
 
 
-CHIPS = [*tpu_schedule.TOPOLOGIES]
-
-
-@pytest.mark.parametrize(
-    ("chip", "cases"),
-    [
-        *((chip, [i]) for i, chip in enumerate(CHIPS)),
-        *(pytest.param(chip, [*range(len(COMPILED))], marks=EXHAUSTIVE) for chip in CHIPS),
-    ],
-    ids=[*CHIPS, *(f"{chip}-all" for chip in CHIPS)],
-)
+# Each chip compiles the decay rule, and the delta rule the two that one can spare.
+@on_each_chip(len(COMPILED), few=dict(v5e=[0], v5p=[1, 7], v6e=[2, 9]))
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_linear_attention_tpu", chip, cases)

@@ -17,8 +17,7 @@ from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
 from blockjax.masks import BlockMask, Causal, Window
-from experiments import tpu_schedule
-from tests.compiling import compile_elsewhere
+from tests.compiling import compile_each, compile_elsewhere, on_each_chip
 from tests.kernels.block_sparse_attention_suite import AttentionSuite, assert_close, make, run
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -196,14 +195,14 @@ COMPILED = [
 
 def compile_for(chip, cases):
     """Forward and backward of these of `COMPILED`; runs in a process of its own."""
-    mesh, near = tpu_schedule.one_chip(chip), layout.lists_fit
-    for case in (COMPILED[i] for i in cases):
-        layout.lists_fit = (lambda rows, entries: False) if "far" in case[2] else near
-        with jax.sharding.set_mesh(mesh):
-            compile_one(*case, jax.sharding.NamedSharding(mesh, jax.P()))
+    compile_each(chip, (COMPILED[i] for i in cases), compile_one)
+
+
+NEAR = layout.lists_fit
 
 
 def compile_one(shapes, form, options, sharding, B=1, T=1024, N=4, K=4):
+    layout.lists_fit = (lambda rows, entries: False) if "far" in options else NEAR
     sizes = dict(T=T, S=shapes.get("T", T), K=K, Hv=shapes["H"], bq=512, bk=512, dtype="bfloat16") | shapes
     T, S, K, H, Hv, dtype = (sizes[name] for name in ("T", "S", "K", "H", "Hv", "dtype"))
     blocks = dict(bq=sizes["bq"], bk=sizes["bk"])
@@ -235,17 +234,6 @@ def compile_one(shapes, form, options, sharding, B=1, T=1024, N=4, K=4):
     jax.jit(both).lower(*args).compile()
 
 
-CHIPS = [*tpu_schedule.TOPOLOGIES]
-
-
-@pytest.mark.parametrize(
-    ("chip", "cases"),
-    [
-        # Over the chips everything once.
-        *((chip, range(i, len(COMPILED), len(CHIPS))) for i, chip in enumerate(CHIPS)),
-        *(pytest.param(chip, range(len(COMPILED)), marks=EXHAUSTIVE) for chip in CHIPS),
-    ],
-    ids=[*CHIPS, *(f"{chip}-all" for chip in CHIPS)],
-)
+@on_each_chip(len(COMPILED))
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_tpu", chip, cases)

@@ -20,8 +20,11 @@ from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS, Layout, lockstep, work
 from blockjax.parallel.schedules import SCHEDULES
 from blockjax.parallel.shards import add
+from tests.cases import sampled
 from tests.jaxprs import equations
 from tests.kernels.block_sparse_attention_suite import random_blocks
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BLOCKS = dict(bq=8, bk=8)
 MASKS = {
@@ -115,8 +118,9 @@ ALL = [
     if case[0] != "halo" or (case[1] == "contiguous" and "window" in case[2] and case[3] < 8)
     if "key head" not in case[2] or case[4] == 2
 ]
-# Each schedule, layout and number of devices, with masks and heads in turn.
-SOME = {case[:2] + case[3:4]: case for i in range(len(ALL)) for case in [ALL[i * 37 % len(ALL)]]}.values()
+# Each schedule and layout, and each mask once more, with numbers of devices and heads in turn.
+SHUFFLED = [ALL[i * 37 % len(ALL)] for i in range(len(ALL))]
+SOME = {*{case[:2]: case for case in SHUFFLED}.values(), *{case[2]: case for case in SHUFFLED}.values()}
 
 
 @functools.cache
@@ -127,14 +131,8 @@ def dense(mask, P, K):
     return both(call, *make(whole, 4, K))
 
 
-@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), SOME)
+@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), sampled(ALL, lambda *x: x in SOME))
 def test_equals_dense(schedule, layout, mask, P, K):
-    compare(P, MASKS[mask](16 * P), K=K, exact=dense(mask, P, K), schedule=schedule, layout=layout)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), [x for x in ALL if x not in SOME])
-def test_equals_dense_everywhere(schedule, layout, mask, P, K):
     compare(P, MASKS[mask](16 * P), K=K, exact=dense(mask, P, K), schedule=schedule, layout=layout)
 
 
@@ -148,8 +146,26 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("schedule", [x for x in ANYWHERE if x != "halo"])
-@pytest.mark.parametrize("name", OPTIONS)
+TOGETHER = dict(
+    arrays=OPTIONS["documents"]["arrays"],
+    options=OPTIONS["soft cap and scale"]["options"],
+    learned=OPTIONS["sinks"]["learned"] | OPTIONS["bias"]["learned"],
+)
+EVERYWHERE = [x for x in ANYWHERE if x != "halo"]
+
+
+@pytest.mark.parametrize("schedule", EVERYWHERE)
+def test_options_together(schedule):
+    compare(4, MASKS["or"](64), schedule=schedule, layout="zigzag", **TOGETHER)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    sampled(
+        itertools.product(OPTIONS, EVERYWHERE),
+        lambda name, schedule: name == "positions" and schedule in ("ring", "token_ring_direct"),
+    ),
+)
 def test_options(name, schedule):
     mask = MASKS["or"](64)
     if name == "positions":
@@ -157,14 +173,24 @@ def test_options(name, schedule):
     compare(4, mask, schedule=schedule, layout="zigzag", **OPTIONS[name])
 
 
+def test_options_of_the_halo_together():
+    compare(4, MASKS["window"](64), schedule="halo", **TOGETHER)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [x for x in OPTIONS if x != "positions"])
 def test_options_of_the_halo(name):
     compare(4, MASKS["window"](64), schedule="halo", **OPTIONS[name])
 
 
-@pytest.mark.parametrize("schedule", [x for x in ANYWHERE if x != "halo"])
-@pytest.mark.parametrize("layout", ["contiguous", "striped"])
-def test_lengths_that_divide_by_nothing(schedule, layout):
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    sampled(
+        itertools.product(["contiguous", "striped"], EVERYWHERE),
+        lambda layout, schedule: (layout == "striped") == (schedule in ("ring", "token_ring")),
+    ),
+)
+def test_lengths_that_divide_by_nothing(layout, schedule):
     mask = BlockMask.causal(75, 93, bq=16, bk=8, q_offset=18)
     compare(4, mask, schedule=schedule, layout=layout, learned=dict(slope=jnp.full(4, 0.1)))
 
@@ -182,12 +208,33 @@ def test_halo_of_a_ragged_length():
     compare(3, BlockMask.window(50, left=9, right=4, **BLOCKS), schedule="halo")
 
 
-@pytest.mark.parametrize("schedule", ["ring", "two_stream_ring", "all_gather"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
-@pytest.mark.parametrize(("P", "ulysses"), [(4, 4), (8, 2)])
-def test_ulysses(P, ulysses, heads, schedule, layout):
-    N, K = heads
+# Each number of key heads on all devices at once and on pairs of them, once each.
+ULYSSES = {
+    ("all_gather", "zigzag", 8, 8, 4, 4),
+    ("ring", "contiguous", 8, 2, 4, 4),
+    ("two_stream_ring", "zigzag", 8, 1, 4, 4),
+    ("two_stream_ring", "contiguous", 8, 8, 8, 2),
+    ("ring", "zigzag", 8, 2, 8, 2),
+    ("all_gather", "contiguous", 8, 1, 8, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "layout", "N", "K", "P", "ulysses"),
+    sampled(
+        [
+            (*how, *heads, *sizes)
+            for *how, heads, sizes in itertools.product(
+                ["ring", "two_stream_ring", "all_gather"],
+                ["contiguous", "zigzag"],
+                [(8, 8), (8, 2), (8, 1)],
+                [(4, 4), (8, 2)],
+            )
+        ],
+        lambda *case: case in ULYSSES,
+    ),
+)
+def test_ulysses(schedule, layout, N, K, P, ulysses):
     T = 16 * P
     mask = BlockMask.from_block_bool(random_blocks(0, N, T // 8, T // 8), **BLOCKS, predicate=Causal())
     arrays = dict(q_segment_ids=np.sort(np.random.default_rng(0).integers(-1, 4, (2, T))))
@@ -195,8 +242,13 @@ def test_ulysses(P, ulysses, heads, schedule, layout):
     compare(P, mask, N, K, learned, arrays, schedule=schedule, layout=layout, ulysses=ulysses)
 
 
-@pytest.mark.parametrize("schedule", [x for x in ANYWHERE if x != "halo"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    ("schedule", "layout"),
+    sampled(
+        itertools.product(EVERYWHERE, ["contiguous", "zigzag"]),
+        lambda schedule, layout: (layout == "zigzag") == (schedule != "all_gather"),
+    ),
+)
 def test_masks_made_inside_jit(schedule, layout):
     inputs, (do, _) = make(BlockMask.causal(64, **BLOCKS), 4, 2)
     blocks = random_blocks(3, 4, 8, 8)
@@ -216,7 +268,10 @@ def test_masks_made_inside_jit(schedule, layout):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("schedule", ANYWHERE)
+@pytest.mark.parametrize(
+    ("schedule",),
+    sampled([(x,) for x in ANYWHERE], lambda schedule: schedule in ("ring", "token_ring_direct", "halo")),
+)
 def test_shards_computed_by_the_op(schedule):
     layout = "contiguous" if schedule == "halo" else "zigzag"
     compare(4, MASKS["window"](128), schedule=schedule, layout=layout)

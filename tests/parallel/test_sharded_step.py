@@ -95,10 +95,26 @@ def test_a_seed_makes_the_same_weight_on_every_mesh():
     np.testing.assert_allclose(jax.jit(make, out_shardings=place)(), make(), rtol=1e-5, atol=1e-6)
 
 
+# Meshes whose axes others have as well, two at a time.
+ALIKE = "data", "fsdp", "tensor_fsdp", "seq_data"
+
+
+def sampled(names):
+    return [pytest.param(x, marks=(pytest.mark.exhaustive,) * (x in ALIKE)) for x in names]
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
-    [*((name, CONFIG) for name in MESHES), ("data_fsdp_tensor", BLOCKS), ("seq_striped", BLOCKS)],
-    ids=[*MESHES, "depth_blocks_and_segments", "seq_depth_blocks_and_segments"],
+    [
+        *(
+            pytest.param(name, CONFIG, id=name, marks=(pytest.mark.exhaustive,) * (name in ALIKE))
+            for name in MESHES
+        ),
+        pytest.param(
+            "data_fsdp_tensor", BLOCKS, id="depth_blocks_and_segments", marks=pytest.mark.exhaustive
+        ),
+        pytest.param("seq_striped", BLOCKS, id="seq_depth_blocks_and_segments"),
+    ],
 )
 def test_loss_and_gradients_are_those_of_one_device(name, config):
     alone = None if name not in HOW else name
@@ -111,7 +127,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, config):
         assert np.abs(e).max() > 1e-5
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", sampled(MESHES))
 def test_attention_loops_are_silent(name):
     """The loop over layers is one deep, those over query rows and key blocks two and three."""
     text = step(name)[2]
@@ -120,7 +136,7 @@ def test_attention_loops_are_silent(name):
     assert not [c for c in collectives(text) if c[2] > 1]
 
 
-@pytest.mark.parametrize("name", ["data", "fsdp", "data_fsdp"])
+@pytest.mark.parametrize("name", sampled(["data", "fsdp", "data_fsdp"]))
 def test_only_parameters_and_their_gradients_travel(name):
     parts = MESHES[name].get("fsdp", 1)
 
@@ -137,7 +153,7 @@ def test_only_parameters_and_their_gradients_travel(name):
         assert all(tuple(sorted(shape)) in allowed for shape in results), (op, results)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", sampled(MESHES))
 def test_each_device_keeps_to_its_sequences(name):
     """Sums over heads and features travel with tensor parallelism, tokens with seq, sequences never."""
     sizes = MESHES[name]
@@ -153,7 +169,7 @@ def test_each_device_keeps_to_its_sequences(name):
                 assert math.prod(shape) <= CONFIG.vocab_size * CONFIG.width, (op, shape)
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if "seq" in MESHES[name]])
+@pytest.mark.parametrize("name", sampled(name for name in MESHES if "seq" in MESHES[name]))
 def test_activations_stay_where_their_tokens_are(name):
     """Only token ids are put in order; inside layers, keys, queries and what goes with them travel."""
     config = dataclasses.replace(CONFIG, **HOW.get(name, {}))

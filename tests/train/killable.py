@@ -68,12 +68,13 @@ def _train(config_json: str, folder: str, end: End | None, devices: int) -> None
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import jax
-    from blockjax.kernels.block_sparse_attention import api, reference
+    from blockjax.kernels import block_sparse_attention, linear_attention
     from ml_collections import ConfigDict
 
     from blockjax import cli
 
-    api.BACKENDS = {"reference": reference}
+    for op in (block_sparse_attention, linear_attention):
+        op.api.BACKENDS = {"reference": op.reference}
     jax.config.update("jax_platforms", "cpu")
     assert jax.device_count() == devices
     _record_batches(pathlib.Path(folder))

@@ -10,14 +10,16 @@ from blockjax.errors import UsageError
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import config as configs
 from blockjax.train import loop
+from blockjax.train import step as steps
 from blockjax.train.metrics import read_metrics
 from blockjax.train.state import init_state, plan_state
-from blockjax.train.step import make_train_step
+from blockjax.train.step import make_eval_step, make_train_step
 from tests.models.tiny import random_model, tiny_config
 
 pytestmark = pytest.mark.usefixtures("dense_attention")
 
 PATTERN = "brt:window=16/states=4,lightning"
+T = 8
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def carrying(tiny):
 def test_a_step_goes_on_where_the_one_before_ended_but_for_rows_that_start_a_document():
     """The loss of the second half of a row is that of the whole row minus that of its first half."""
     model = random_model(tiny_config(pattern="brt:window=4/states=3", depth=1, attention_block=16))
-    rng, T = np.random.default_rng(0), 8
+    rng = np.random.default_rng(0)
     tokens = rng.integers(0, 24, (2, 2 * T + 1)).astype(np.int32)
     state = init_state(model, optax.sgd(0.0), carried=2)
     step = jax.jit(make_train_step(nnx.graphdef(model), optax.sgd(0.0)))
@@ -67,6 +69,44 @@ def test_a_step_goes_on_where_the_one_before_ended_but_for_rows_that_start_a_doc
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
     forgetful = np.mean([nats(alone, second, r) for r in (0, 1)])
     assert abs(forgetful - expected) > 1e-3
+
+
+@pytest.fixture
+def two_groups(monkeypatch):
+    """Positions 0 .. 7 and those after them."""
+    monkeypatch.setattr(steps, "FIRST_EDGE", T)
+
+
+@pytest.mark.usefixtures("two_groups")
+def test_evaluation_goes_on_where_the_batch_before_ended():
+    """By position: the second half of row 0 is at 8 .. 15 of its document, row 1 starts another."""
+    model = random_model(tiny_config(pattern="brt:window=4/states=3,gdn", attention_block=16))
+    graph, params = nnx.split(model)
+    evaluate = jax.jit(make_eval_step(graph, longest=2 * T))
+    tokens = np.random.default_rng(0).integers(0, 24, (2, 2 * T + 1)).astype(np.int32)
+    zeros = np.zeros((2, T), np.int32)
+
+    def batch(part, offsets):
+        positions, offsets = zeros + np.arange(T, dtype=np.int32), np.asarray(offsets)[:, None] + np.arange(T)
+        own, targets = tokens[:, :-1][:, part], tokens[:, 1:][:, part]
+        places = dict(positions=positions, offsets=offsets, segment_ids=zeros, starts=offsets == 0)
+        return dict(tokens=own, targets=targets, target_bytes=np.ones(2), **places)
+
+    def nats(logits, row):
+        logits = np.float64(logits[row])[T:]
+        return (np.log(np.exp(logits).sum(-1)) - logits[np.arange(T), tokens[row, 1 + T :]]).sum()
+
+    # What came before a start is forgotten, so any memory may go in.
+    dirty = jax.tree.map(lambda x: x + 1, model.memory(2))
+    _, memory = evaluate(params, 0, batch(slice(0, T), [0, 0]), dirty)
+    last = batch(slice(T, None), [T, 0])
+    sums, _ = evaluate(params, 0, last, memory)
+    alone, none = evaluate(params, 0, last, None)
+    whole = np.asarray(model(tokens[:, :-1]))
+    second = np.pad(np.asarray(model(tokens[:, T:-1])), ((0, 0), (T, 0), (0, 0)))
+    np.testing.assert_allclose(sums["nats"], [nats(second, 1), nats(whole, 0)], rtol=1e-4)
+    np.testing.assert_allclose(alone["nats"], [nats(second, 1), nats(second, 0)], rtol=1e-4)
+    assert none is None and abs(alone["nats"][1] - sums["nats"][1]) > 1e-3
 
 
 def test_a_run_resumed_within_a_document_is_the_one_that_was_not_stopped(carrying, one_device, tmp_path):

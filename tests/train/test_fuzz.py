@@ -413,12 +413,19 @@ FOUND_RECORDS = [
     b'{"config": {"seed": {"x": 1}}, "tokenizer": {}, "corpus": {}}',
     b'{"config": {"model": {"__class__": {}}}, "tokenizer": {}, "corpus": {}}',
     b'{"config": {"items": 1}, "tokenizer": {}, "corpus": {}}',
+    b'{"config": {"model": {"": {}}}, "tokenizer": {}, "corpus": {}}',
+    json.dumps(dict(config=base_config().to_dict(), tokenizer=math.nan, corpus={})).encode(),
 ]
 FOUND_MASKS = {
     "no right": lambda: BlockMask.window(8, left=4, right=None),
     "a left between": lambda: BlockMask.window(8, left=1.5),
     "a chunk of NaN": lambda: BlockMask.chunked(8, size=math.nan),
     "beyond int32": lambda: BlockMask.causal(2**40),
+    "no heads": lambda: BlockMask.from_indices(np.zeros((0, 2, 1), int), T=2, bq=1, bk=1),
+    "no places": lambda: BlockMask.from_indices(np.zeros((2, 0), int), T=2, bq=1, bk=1),
+    "no heads in booleans": lambda: BlockMask.from_block_bool(np.zeros((0, 2, 2), bool), bq=1, bk=1),
+    "blocks of no size": lambda: BlockMask.from_block_bool(np.ones((2, 2), bool), bq=None),
+    "indices of blocks of no size": lambda: BlockMask.from_indices(np.zeros((2, 1), int), bq="a"),
 }
 FOUND_ENDS = [b"[]", b"3", b'{"eos_token": 5}', b'{"eos_token": {"content": []}}', b"[" * 10**5]
 
@@ -426,6 +433,13 @@ FOUND_ENDS = [b"[]", b"3", b'{"eos_token": 5}', b'{"eos_token": {"content": []}}
 @pytest.mark.parametrize("content", FOUND_RECORDS, ids=lambda c: c[:40].decode())
 def test_found_records(content, tmp_path):
     examine_record(content, tmp_path)
+
+
+@pytest.mark.parametrize("seq_len", [2**63, 2**40])
+def test_found_configs(seq_len):
+    config = base_config()
+    config.data.seq_len = seq_len
+    assert not examine_config(config)
 
 
 @pytest.mark.parametrize("name", FOUND_MASKS)

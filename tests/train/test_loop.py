@@ -41,6 +41,10 @@ def test_bits_per_byte_of_uniform_logits(tiny, tmp_path, monkeypatch):
         "val/loss": math.log(vocab),
         "val/perplexity": vocab,
     }
+    by_position = [key for key in seen["values"] if key.startswith("val/bits_per_byte_from/")]
+    assert len(by_position) > 2
+    average = seen["targets"] / seen["bytes"]  # tokens a byte
+    expected |= dict.fromkeys(by_position, math.log2(vocab) * average)
     assert seen["values"] == pytest.approx(expected, rel=3e-6)  # float32 sums
     assert lines_of(tmp_path, "val/perplexity") == {3: seen["values"]["val/perplexity"]}
 

@@ -12,8 +12,10 @@ from blockjax.train.preemption import SIGNALS, Preemption
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    """Tests leave the handlers as they were."""
+def handlers(monkeypatch):
+    """Outside a notebook, whatever other tests imported; the handlers are left as they were."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.delattr(sys, "ps1", raising=False)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield

@@ -59,7 +59,10 @@ def state_of(folder, step: int, config) -> dict:
     return ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(step))
 
 
-@pytest.mark.parametrize(("optimizer", "order"), [("muon", "packed"), ("adamw", "stream")])
+@pytest.mark.parametrize(
+    ("optimizer", "order"),
+    [("muon", "packed"), pytest.param("adamw", "stream", marks=pytest.mark.reliability)],
+)
 def test_stopped_at_any_step(tiny, train, tmp_path, optimizer, order):
     config = tiny(optimizer__name=optimizer, data__order=order, run__checkpoint_every=3, run__eval_every=4)
     whole = train(config, tmp_path / "whole")

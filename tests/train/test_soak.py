@@ -1,5 +1,7 @@
 """Two thousand steps with a checkpoint every twenty leave nothing behind in the process."""
 
+import contextlib
+import ctypes
 import os
 import threading
 
@@ -12,6 +14,9 @@ from blockjax.train.checkpoint import Checkpoints
 
 
 def resident_pages() -> int:
+    """Once the allocator gave back what is free: it keeps more of that the longer it runs."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1])
 
@@ -44,4 +49,4 @@ def test_nothing_grows(tiny, one_device, tmp_path, monkeypatch, steps):
             assert abs(np.mean(numbers[half:]) - np.mean(numbers[:half])) <= 1 + 0.02 * np.mean(numbers), name
         later = pages[half // 2 :] * os.sysconf("SC_PAGE_SIZE") / 2**20
         growth = np.polyfit(np.arange(len(later)), later, 1)[0] * len(later)
-        assert growth < 8, f"{growth:.1f} MiB more over {len(later)} checkpoints"
+        assert growth < 4, f"{growth:.1f} MiB more over {len(later)} checkpoints"

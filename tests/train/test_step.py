@@ -95,11 +95,16 @@ def test_a_batch_of_padding_changes_nothing(gradient_step, batch):
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
+def evaluate(graph, params, batch):
+    more = {"target_bytes": jnp.arange(8.0), "offsets": batch["positions"]}
+    return jax.jit(make_eval_step(graph, longest=T))(params, 0, batch | more, None)
+
+
 def test_evaluation_with_uniform_logits(model, batch):
     graph, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     params["head"] = jnp.zeros_like(params["head"])
-    sums = jax.jit(make_eval_step(graph))(params, 0, batch | {"target_bytes": jnp.arange(8.0)})
+    sums, _ = evaluate(graph, params, batch)
     np.testing.assert_allclose(sums["nats"], 144 * np.log(V), rtol=1e-6)
     assert (sums["tokens"], sums["bytes"]) == (144, 28)
 
@@ -108,7 +113,7 @@ def test_evaluation_by_position(model, batch, monkeypatch):
     """Groups 0..7, 8..15, 16..31; a row has as many targets as its length."""
     monkeypatch.setattr(step, "FIRST_EDGE", 8)
     graph, params = nnx.split(model)
-    sums = jax.jit(make_eval_step(graph))(params, 0, batch | {"target_bytes": jnp.arange(8.0)})
+    sums, _ = evaluate(graph, params, batch)
     lengths = 4 * np.arange(1, B + 1)
     expected = [np.clip(lengths - a, 0, b - a).sum() for a, b in ((0, 8), (8, 16), (16, 32))]
     np.testing.assert_array_equal(sums["tokens"], expected)

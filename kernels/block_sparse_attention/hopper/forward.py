@@ -20,8 +20,6 @@ from blockjax.kernels.block_sparse_attention.hopper.schedule import (
     Place,
     QueryTiles,
     Visits,
-    run,
-    share_out,
 )
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
@@ -35,6 +33,7 @@ from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     tags,
     tiled,
 )
+from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
 

@@ -16,8 +16,6 @@ from blockjax.kernels.block_sparse_attention.hopper.schedule import (
     Order,
     copy_ring,
     first_token,
-    run,
-    share_out,
     visits,
 )
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
@@ -31,6 +29,7 @@ from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     tags,
     tiled,
 )
+from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
 

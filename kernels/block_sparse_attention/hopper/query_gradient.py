@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.hopper import SHARED_MEMORY, WG_ROWS, tile_bytes
 from blockjax.kernels.block_sparse_attention.hopper.call import Call, LaidCotangents, Operands
-from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles, run, share_out
+from blockjax.kernels.block_sparse_attention.hopper.schedule import QueryTiles
 from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     ROW,
     WGMMA,
@@ -27,6 +27,7 @@ from blockjax.kernels.block_sparse_attention.hopper.tiles import (
     tags,
     tiled,
 )
+from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
 

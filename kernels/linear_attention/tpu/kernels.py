@@ -1,7 +1,9 @@
 """The TPU kernels. Each sees a chunk of tokens of a few heads, [1, C, heads * H], and walks over the chunks.
 
 Heads are unrolled: each is a chain of products, and the others fill its gaps. A number per token is needed as
-a row and as a column; columns are one transposition of all rows. Formulas: `xla/chunks.py`.
+a row and as a column; columns are one transposition of all rows. Spreading a column over lanes is what costs
+most beside products: where pairs of tokens need the running sums spread, all factors are computed of those.
+Formulas: `xla/chunks.py`.
 """
 
 from dataclasses import dataclass
@@ -33,12 +35,17 @@ class Call:
 
 
 class Gates:
-    """What `gates.Rows` holds of a chunk, [parts * heads and more, C]: each part of all heads."""
+    """What `gates.Rows` holds of a chunk, [parts * heads and more, C]: each part of all heads.
 
-    def __init__(self, call: Call, rows):
-        self.rows, self.heads = rows, call.heads
+    Factors per token are [C, lanes], equal over lanes: `_times` multiplies with as many as it needs. `pairs`
+    says whether a kernel needs `weights`.
+    """
+
+    def __init__(self, call: Call, rows, pairs: bool = True):
+        self.rows, self.heads, self.pairs = rows, call.heads, pairs
         self.columns = rows.T
-        C = rows.shape[1]
+        self.C = C = rows.shape[1]
+        self.lanes = max(C, call.Hk, call.Hv)
         self.token, self.other = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
 
     def row(self, part: int, h: int) -> jax.Array:
@@ -47,21 +54,26 @@ class Gates:
 
     def column(self, part: int, h: int) -> jax.Array:
         at = part * self.heads + h
-        return self.columns[:, at : at + 1]
+        return jnp.broadcast_to(self.columns[:, at : at + 1], (self.C, self.lanes))
 
     def weights(self, h: int) -> jax.Array:
         """Of pairs of tokens, [C, C]."""
-        coarse, fine = (self.column(part, h) - self.row(part, h) for part in (0, 1))
+        coarse, fine = (self.column(part, h)[:, : self.C] - self.row(part, h) for part in (0, 1))
         return jnp.exp(jnp.where(self.token >= self.other, coarse + fine, -jnp.inf))
 
     def enter(self, h: int) -> jax.Array:
-        return self.column(2, h)
+        """How much of the state that enters a token sees."""
+        return jnp.exp(self.column(0, h) + self.column(1, h)) if self.pairs else self.column(2, h)
 
     def leave(self, h: int) -> jax.Array:
-        return self.column(3, h)
+        """How much leaves of what a token writes."""
+        if not self.pairs:
+            return self.column(3, h)
+        coarse, fine = (self.row(part, h)[:, -1:] - self.column(part, h) for part in (0, 1))
+        return jnp.exp(coarse + fine)
 
     def across(self, h: int) -> jax.Array:
-        """[1, 1]."""
+        """How much leaves of the state that enters, [1, 1]."""
         return self.row(2, h)[:, -1:]
 
     def beta(self, h: int) -> jax.Array:
@@ -75,7 +87,7 @@ def inverse(call: Call, k, rows, inverses, _):
     C = i.shape[0]
     for h in range(call.heads):
         keys = k[0, :, call.keys(h)]
-        A = gates.beta(h) * jnp.where(i > j, _dot(keys, keys, 1, 1) * gates.weights(h), 0)
+        A = _times(gates.beta(h), jnp.where(i > j, _dot(keys, keys, 1, 1) * gates.weights(h), 0))
         X = jnp.where(i == j, 1.0, 0.0)
         for bit in range(C.bit_length() - 1):
             below = ((i >> bit) ^ (j >> bit) == 1) & (i > j)
@@ -95,7 +107,7 @@ def forward(call: Call, q, k, v, rows, inverses, first, o, last, state):
         for n in call.queries(h):
             queries = q[0, :, call.keys(n)]
             p = (_dot(queries, keys, 1, 1) * weights).astype(v.dtype)
-            read = enter * _dot(queries, narrow, 1, 0)
+            read = _times(enter, _dot(queries, narrow, 1, 0))
             o[0, :, call.values(n)] = (_dot(p, written, 1, 0) + read).astype(o.dtype)
         state[h] = _update(gates, h, S, keys, written)
     _end(state, last)
@@ -104,7 +116,7 @@ def forward(call: Call, q, k, v, rows, inverses, first, o, last, state):
 def states(call: Call, k, v, rows, inverses, first, entries, state):
     """The states before each chunk, rounded as products take them."""
     _begin(state, first)
-    gates = Gates(call, rows[0, 0, 0])
+    gates = Gates(call, rows[0, 0, 0], pairs=False)
     for h in range(call.heads):
         keys, narrow = k[0, :, call.keys(h)], state[h].astype(entries.dtype)
         entries[0, h, 0] = narrow
@@ -125,29 +137,30 @@ def backward(call: Call, q, k, v, do, rows, inverses, entries, dlast, dq, dk, dv
         pairs = gates.weights(h)
         weights, enter = call.scale * pairs, call.scale * gates.enter(h)
         leave, across, narrow = gates.leave(h), gates.across(h), R.astype(dtype)
-        leaving = leave * _dot(written, narrow, 1, 1)
-        dwritten, write, along, into = leave * _dot(keys, narrow, 1, 0), leaving, 0, across * R
+        leaving = _times(leave, _dot(written, narrow, 1, 1))
+        dwritten = _times(leave, _dot(keys, narrow, 1, 0))
+        write, along, into = leaving, 0, across * R
         for n in call.queries(h):
             queries, cotangents = q[0, :, call.keys(n)], do[0, :, call.values(n)]
             p = (_dot(queries, keys, 1, 1) * weights).astype(dtype)
             dp = (_dot(cotangents, written, 1, 1) * weights).astype(dtype)
-            dqueries = _dot(dp, keys, 1, 0) + enter * _dot(cotangents, S, 1, 1)
+            dqueries = _dot(dp, keys, 1, 0) + _times(enter, _dot(cotangents, S, 1, 1))
             dq[0, :, call.keys(n)] = dqueries.astype(dq.dtype)
             along += _sum(queries * dqueries)
             write += _dot(dp, queries, 0, 0)
             dwritten += _dot(p, cotangents, 0, 0)
-            into += _dot((enter * queries).astype(dtype), cotangents, 0, 0)
+            into += _dot(_times(enter, queries).astype(dtype), cotangents, 0, 0)
         if inverses is None:
             dvalues, read = dwritten, jnp.zeros_like(write)
         else:
             beta, reading = gates.beta(h), gates.beta(h) * gates.enter(h)
             Y = _dot(inverses[0, h, 0], dwritten.astype(dtype), 0, 0)
-            dvalues, Y = beta * Y, Y.astype(dtype)
+            dvalues, Y = _times(beta, Y), Y.astype(dtype)
             da = -jnp.where(gates.token > gates.other, _dot(Y, written, 1, 1) * pairs, 0)
-            scaled = (beta * da).astype(dtype)
-            read = _dot(scaled, keys, 1, 0) - reading * _dot(Y, S, 1, 1)
+            scaled = _times(beta, da).astype(dtype)
+            read = _dot(scaled, keys, 1, 0) - _times(reading, _dot(Y, S, 1, 1))
             write += _dot(scaled, keys, 0, 0)
-            into -= _dot((reading * keys).astype(dtype), Y, 0, 0)
+            into -= _dot(_times(reading, keys).astype(dtype), Y, 0, 0)
             dbeta = _sum(Y * unread) + _sum(da * _dot(keys, keys, 1, 1))
             found.put(call.heads + h, dbeta)
         dk[0, :, call.keys(h)] = (read + write).astype(dk.dtype)
@@ -179,14 +192,14 @@ def _written(gates: Gates, h: int, S, keys, values, inverses):
     """What a chunk writes, and of the delta rule what it did not read of the state that enters, float32."""
     if inverses is None:
         return values, None
-    unread = values - gates.enter(h) * _dot(keys, S, 1, 0)
-    written = _dot(inverses[0, h, 0], (gates.beta(h) * unread).astype(values.dtype), 1, 0)
+    unread = values - _times(gates.enter(h), _dot(keys, S, 1, 0))
+    written = _dot(inverses[0, h, 0], _times(gates.beta(h), unread).astype(values.dtype), 1, 0)
     return written.astype(values.dtype), unread
 
 
 def _update(gates: Gates, h: int, S, keys, written):
     """The state after a chunk."""
-    return gates.across(h) * S + _dot((gates.leave(h) * keys).astype(written.dtype), written, 0, 0)
+    return gates.across(h) * S + _dot(_times(gates.leave(h), keys).astype(written.dtype), written, 0, 0)
 
 
 def _begin(state, first):
@@ -222,6 +235,11 @@ def _exact(a, b, dtype):
 def _halves(x):
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _times(factors, x):
+    """Each row of x [C, H] times its factor, [C, lanes]."""
+    return factors[:, : x.shape[1]] * x
 
 
 def _sum(x):

@@ -1,0 +1,149 @@
+"""`linear_attention` beside what a user would call instead, and beside the bytes that it has to move.
+
+    python -m blockjax.kernels.linear_attention.bench [--case NAME ...] [--implementation NAME]
+
+Each case first checks that outputs and gradients agree with each peer. Times are medians over rounds in which
+all runners take turns, forward and forward + backward. `of copy` is the time that the bytes alone would take,
+at the speed of a large copy, as a part of the time: q, k, v, o and their gradients, each once; the backward
+reads q, k, v and do again.
+"""
+
+import argparse
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from blockjax.kernels.benching import copy_bandwidth, interleaved
+from blockjax.kernels.linear_attention.peers import PEERS, Arrays, Runner, missing, ours
+from blockjax.kernels.platforms import target
+from rich.console import Console
+from rich.table import Table
+
+
+@jax.jit
+def _distance(a, b):
+    """`||a - b|| / ||b||`, on the device."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape with N heads of H channels; `decay` is "none", "head" or "token"."""
+
+    B: int
+    T: int
+    N: int
+    H: int
+    decay: str = "head"
+    dtype: str = "bfloat16"
+    peers: tuple[str, ...] = ("jla", "fla")
+
+    def arrays(self) -> Arrays:
+        *keys, key = jax.random.split(jax.random.key(0), 5)
+        shape = self.B, self.T, self.N, self.H
+        tensors = (jax.random.normal(key, shape, self.dtype) for key in keys)
+        # The slopes of Lightning Attention-2 in the first layer, and as much for each token on average.
+        slopes = 2.0 ** (-8 * (jnp.arange(self.N) + 1) / self.N)
+        decays = dict(none=None, head=-slopes)
+        if self.decay == "token":
+            decays["token"] = -slopes * jax.random.exponential(key, shape[:3])
+        return Arrays(*tensors, decays[self.decay])
+
+    def runners(self, implementation: str | None) -> dict[str, Runner]:
+        arrays = self.arrays()
+        runners = {"ours": ours(arrays, implementation)}
+        for name in self.peers:
+            if (reason := missing(name)) is not None:
+                print(f"{name} is left out: {reason}")
+                continue
+            peer = PEERS[name](arrays)
+            self.check(name, runners["ours"], peer)
+            runners[name] = peer
+        return runners
+
+    def check(self, name: str, ours: Runner, peer: Runner) -> None:
+        """Raises if op and peer do not compute the same: their times would mean nothing."""
+        tolerance = 1e-3 if self.dtype == "float32" else 2e-2
+        pairs = zip(ours.arrays(ours.both()), peer.arrays(peer.both()), strict=True)
+        for what, (a, b) in zip(("o", "dq", "dk", "dv", "dlog_decay"), pairs, strict=False):
+            error = _distance(a, b)
+            if not error <= tolerance:
+                raise AssertionError(f"{self}: {what} differs from that of {name} by {error:.1e}.")
+
+    def bytes(self) -> tuple[int, int]:
+        """Forward, and forward + backward."""
+        tensor = self.B * self.T * self.N * self.H * jnp.dtype(self.dtype).itemsize
+        decays = self.B * self.T * self.N * 4 * (self.decay == "token")
+        return 4 * tensor + decays, 11 * tensor + 3 * decays
+
+
+_gpu = functools.partial(Case, B=1, N=16, H=128)
+LENGTHS = {"8k": 8192, "32k": 32768, "128k": 131072}
+CASES = {
+    "cpu": {
+        "head": Case(B=1, T=2048, N=4, H=64, dtype="float32", peers=("xla",)),
+        "token": Case(B=1, T=2048, N=4, H=64, decay="token", dtype="float32", peers=("xla",)),
+    },
+    "gpu": {
+        **{f"head-{name}": _gpu(T=T) for name, T in LENGTHS.items()},
+        "head-512k": _gpu(T=524288, peers=()),
+        "head-batch": _gpu(B=4, T=4096),
+        "token-32k": _gpu(T=32768, decay="token"),
+        "none-32k": _gpu(T=32768, decay="none"),
+    },
+}
+"""By platform; a TPU has those of a CPU."""
+
+
+def measure(case: Case, implementation: str | None, bandwidth: float, rounds: int, calls: int) -> dict:
+    """Milliseconds of op and peers, and the milliseconds that the bytes alone would take."""
+    runners = case.runners(implementation)
+    forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
+    both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
+    fwd, fwd_bwd = (1e3 * count / bandwidth for count in case.bytes())
+    runs = {name: dict(fwd_ms=f, fwd_bwd_ms=b) for name, f, b in zip(runners, forward, both, strict=True)}
+    return dict(floor=dict(fwd_ms=fwd, fwd_bwd_ms=fwd_bwd), runs=runs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Peers of other frameworks need memory too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platform, device = target()
+    cases = CASES.get(platform, CASES["cpu"])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
+    parser.add_argument("--implementation", help="a backend by name; default the one that the op chooses")
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1 if platform == "cpu" else 8, help="a round")
+    args = parser.parse_args(argv)
+
+    console = Console()
+    bandwidth = copy_bandwidth(platform, args.rounds, args.calls)
+    table = Table(title=f"linear_attention on {device}, copy {bandwidth / 1e12:.3g} TB/s: milliseconds")
+    for column in ("case", "", "fwd", "of copy", "x", "fwd+bwd", "of copy", "x"):
+        table.add_column(column, justify="right" if column not in ("case", "") else "left")
+    results = {}
+    for name in args.case:
+        with console.status(name):
+            r = measure(cases[name], args.implementation, bandwidth, args.rounds, args.calls)
+        results[name], mine, floor = r, r["runs"]["ours"], r["floor"]
+        for who, run in r["runs"].items():
+            cells = []
+            for way in ("fwd_ms", "fwd_bwd_ms"):
+                ratio = "" if who == "ours" else f"{run[way] / mine[way]:.2f}"
+                cells += [f"{run[way]:.3f}", f"{100 * floor[way] / run[way]:.0f} %", ratio]
+            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
+    console.print(table)
+    if args.json:
+        described = {name: {**vars(cases[name]), **r} for name, r in results.items()}
+        with open(args.json, "w") as file:
+            json.dump({"device": device, "bytes_a_second": bandwidth, "cases": described}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The delta rule with at most one decay a token, on Hopper GPUs: Gated DeltaNet and DeltaNet.
+
+`delta_inverse.py` solves all chunks at once. The sequence is cut into pieces that fill the chip: `maps` of
+`delta_forward.py` makes of each piece an affine map of the state, a short chain gives the state that enters
+each, and `outputs` walks all pieces at once. Backward likewise: `added_back`, a chain with the transposed
+maps, then `back` and `ahead` of `delta_backward.py`. The forward keeps U and E (see `delta_parts.py`) and no
+states within pieces; no sum is made in memory in an order that changes, and every run gives the same bits.
+
+Bytes, in tensors of B T N H, where U is half of one: the forward must move 4 and the backward 7. Forward:
+the inverse 1.5, maps 2.5, outputs 6; backward: added_back 3.5, back 7, ahead 8; together 28.5, of which
+pieces are 6. Operations, with H = 128, of a chunk of 64 tokens and one head: 9 and 24 MFLOP, maps and
+added_back 12. With N16 H128 and T 32768 a tensor is 0.046 ms at 2.92 TB/s: 1.3 ms forward and backward for
+the bytes of this design (0.5 ms for those no design avoids), and 0.6 ms for 370 GFLOP at 600 TFLOP/s.
+
+An H100 has confirmed outputs and all gradients but that of log-decays, which then missed its tolerance in
+pieces of 64 chunks; marks (see `Walk`) answer that, and no GPU has run them yet. Call it by name.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from blockjax.kernels.linear_attention.gates import starts
+from blockjax.kernels.linear_attention.hopper import TILE, _whole, delta_backward, delta_forward
+from blockjax.kernels.linear_attention.hopper.delta_forward import MARK, Walk
+from blockjax.kernels.linear_attention.hopper.delta_inverse import Operands as Solve
+from blockjax.kernels.linear_attention.hopper.delta_inverse import inverse
+from blockjax.kernels.linear_attention.hopper.delta_parts import Tokens
+from blockjax.kernels.linear_attention.hopper.parts import Cut
+from blockjax.kernels.linear_attention.spec import Inputs, Options, form
+
+MULTIPROCESSORS = 132
+MOST_PIECES = 32
+"""The chain over pieces is written out."""
+
+LEAST_CHUNKS = 4
+"""Of a piece: its state is loaded and stored for them."""
+
+
+class Residuals(NamedTuple):
+    """What the backward pass sees again.
+
+    Attributes:
+      solve: U [B, K, chunks, 64, 64]; errors: E [B, T, K, Hv].
+      maps: M [B, K, pieces, Hk, Hk] float32, or None for one piece.
+      entries: [B, K, pieces, Hk, Hv] float32, the states that enter the pieces; last: the state after all;
+        marked: those at marks, see `Walk`.
+    """
+
+    solve: jax.Array
+    errors: jax.Array
+    maps: jax.Array | None
+    entries: jax.Array
+    last: jax.Array
+    marked: jax.Array
+
+
+def cut(heads: int, K: int, chunks: int) -> Cut:
+    """The cut that takes the fewest turns of walks with outputs, and of those that only sum pieces up."""
+
+    def cost(length: int) -> float:
+        pieces = pl.cdiv(chunks, length)
+        turns = [pl.cdiv(heads * n, MULTIPROCESSORS) for n in (pieces, pieces - 1, 2 * pieces)]
+        return length * (5 * turns[0] + turns[1] + turns[2])
+
+    most = max(1, min(MOST_PIECES, chunks // LEAST_CHUNKS))
+    lengths = sorted({pl.cdiv(chunks, pieces) for pieces in range(1, most + 1)}, reverse=True)
+    return Cut(heads, K, chunks, min(lengths, key=cost))
+
+
+def forward_pass(inputs: Inputs, options: Options):
+    (B, T, K, Hk), Hv = inputs.k.shape, inputs.v.shape[-1]
+    call, tokens = Walk(cut(B * K, K, pl.cdiv(T, TILE)), options.scale), Tokens.of(inputs)
+    q, k, v = (_whole(x) for x in inputs[:3])
+    solve = inverse(Solve(k, tokens))
+    state, maps = inputs.state, None
+    entries = [jnp.zeros((B, K, Hk, Hv), jnp.float32) if state is None else state]
+    if call.cut.pieces > 1:
+        both = delta_forward.maps(call, delta_forward.Operands(k, v, solve, tokens))
+        added, maps = both[..., :Hv], both[..., Hv:]
+        for p in range(call.cut.pieces - 1):
+            entries.append(_exact(maps[:, :, p], entries[-1]) + added[:, :, p])
+    entries = jnp.stack(entries, axis=2)
+    operands = delta_forward.Operands(k, v, solve, tokens, q, entries)
+    o, errors, last, marked = delta_forward.outputs(call, operands)
+    return (o[:, :T], last), Residuals(solve, errors, maps, entries, last, marked)
+
+
+def backward_pass(inputs: Inputs, residuals: Residuals, do, dstate, options: Options) -> Inputs:
+    B, T, K, _ = inputs.k.shape
+    call, tokens = Walk(cut(B * K, K, pl.cdiv(T, TILE)), options.scale), Tokens.of(inputs)
+    solve, errors, maps, entries, last, marked = residuals
+    q, k, do = (_whole(x) for x in (inputs.q, inputs.k, do))
+    operands = delta_backward.Back(q, k, do, solve, tokens)
+    into = [dstate]
+    if call.cut.pieces > 1:
+        added = delta_backward.added_back(call, operands)
+        for p in reversed(range(call.cut.pieces - 1)):
+            into.append(_exact(maps[:, :, p + 1].swapaxes(-1, -2), into[-1]) + added[:, :, p])
+    into = jnp.stack(into[::-1], axis=2)
+    dv, writes, dbeta, written, dinitial, marks = delta_backward.back(
+        call, operands._replace(errors=errors, entries=into)
+    )
+    dq, dk, read = delta_backward.ahead(
+        call, delta_backward.Ahead(q, k, do, dv, errors, writes, tokens, entries)
+    )
+    dbeta = dbeta.sum(2)[..., :T].swapaxes(1, 2)
+    dlog = None
+    if inputs.log_decay is not None:
+        sums = (read - written).sum(2)
+        after = jnp.concatenate([entries[:, :, 1:], last[:, :, None]], axis=2)
+        dlog = _decay_gradient(inputs, call, sums, _dots(after, into), _dots(marked, marks))
+    dstate = None if inputs.state is None else dinitial
+    return Inputs(dq[:, :T], dk[:, :T], dv[:, :T], dlog, dbeta, None, dstate)
+
+
+def _decay_gradient(inputs: Inputs, call: Walk, sums, ends, marks):
+    """For what each token adds to the gradients of all log-decays before it, [B, K, tokens].
+
+    At marks and at the ends of pieces that of a log-decay is the product of the state and its gradient, given
+    as [B, K, pieces, marks] and [B, K, pieces]: rounding adds up in between only.
+    """
+    (B, K, tokens), cut = sums.shape, call.cut
+    length, runs = cut.length * TILE, call.marks + 1
+    sums = jnp.pad(sums, ((0, 0), (0, 0), (0, cut.pieces * length - tokens)))
+    sums = sums.reshape(B, K, cut.pieces, length)
+    sums = jnp.pad(sums, ((0, 0),) * 3 + ((0, runs * MARK * TILE - length),))
+    # Of a shorter last piece, the runs that end inside.
+    inside = (jnp.arange(1, runs) * MARK)[None] < jnp.asarray(cut.lengths())[:, None]
+    across = jnp.where(inside, marks[..., : call.marks], ends[..., None])
+    across = jnp.concatenate([across, ends[..., None]], axis=-1)
+    sums = sums.reshape(B, K, cut.pieces, runs, MARK * TILE)
+    dlog = jax.lax.cumsum(sums, 4, reverse=True) + across[..., None]
+    dlog = dlog.reshape(B, K, cut.pieces, -1)[..., :length].reshape(B, K, -1)
+    dlog = dlog[..., : inputs.k.shape[1]].swapaxes(1, 2)
+    if inputs.documents is not None:
+        dlog = jnp.where(starts(inputs.documents)[..., None], 0, dlog)
+    return dlog.sum((0, 1)) if form(inputs.log_decay) == "head" else dlog
+
+
+def _dots(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=(-1, -2))
+
+
+def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
