@@ -1,6 +1,6 @@
 """Times `linear_attention` over a sequence cut across the GPUs of one host, beside one device.
 
-    python experiments/scaling_recurrence.py [--devices 1 2] [--tokens 1048576] [--kind decay delta]
+    python experiments/scaling_recurrence.py [--devices 1 2] [--kind decay delta] [--implementation hopper]
 
 B1 N16 H128 in bfloat16, T tokens in all, forward and forward + backward: `decay` with the slopes of Lightning
 Attention-2, `delta` with a gate and a decay for each token. Each number of devices is first compared with one
@@ -31,7 +31,7 @@ TOLERANCE = 1e-2
 class Program:
     """T tokens of a kind on the first `devices`, compiled, its arrays in their places."""
 
-    def __init__(self, kind: str, T: int, devices: int):
+    def __init__(self, kind: str, T: int, devices: int, implementation: str | None = None):
         self.devices = devices
         mesh = jax.make_mesh((devices,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:devices])
         place = NamedSharding(mesh, P(None, "seq"))
@@ -50,7 +50,9 @@ class Program:
 
         def attend(q, k, v, gates):
             fixed = {} if gates else dict(log_decay=-slopes)
-            return linear_attention(q, k, v, kind=kind, mesh=mesh, **gates, **fixed)
+            return linear_attention(
+                q, k, v, kind=kind, mesh=mesh, implementation=implementation, **gates, **fixed
+            )
 
         def both(inputs, do):
             o, pullback = jax.vjp(attend, *inputs)
@@ -64,9 +66,9 @@ class Program:
         return self.both(self.inputs, self.do) if both else self.forward(*self.inputs)
 
 
-def check(kind: str, T: int, devices: list[int]) -> None:
+def check(kind: str, T: int, devices: list[int], implementation: str | None) -> None:
     """Raises AssertionError if a number of devices differs from one."""
-    one, *others = (jax.device_get(Program(kind, T, n).run(both=True)) for n in [1, *devices])
+    one, *others = (jax.device_get(Program(kind, T, n, implementation).run(both=True)) for n in [1, *devices])
     for n, found in zip(devices, others, strict=True):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one), strict=True):
             a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=counts, choices=counts)
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--kind", nargs="+", choices=("decay", "delta"), default=["decay", "delta"])
+    parser.add_argument("--implementation", help="a backend by name; default the one that the op chooses")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=2, help="a round")
     parser.add_argument("--json", help="also write the numbers to this file")
@@ -92,14 +95,16 @@ def main(argv: list[str] | None = None) -> None:
         table.add_column(column, justify="left" if column == "kind" else "right")
     for kind in args.kind:
         with console.status(f"{kind}: comparing with one device"):
-            check(kind, min(CHECKED, args.tokens), [n for n in args.devices if n > 1])
+            check(kind, min(CHECKED, args.tokens), [n for n in args.devices if n > 1], args.implementation)
         first = None
         for n in args.devices:
             with console.status(f"{kind} on {n}"):
-                program = Program(kind, args.tokens, n)
+                program = Program(kind, args.tokens, n, args.implementation)
                 times = [
                     interleaved(
-                        [(functools.partial(program.run, way), jax.block_until_ready)], args.rounds, args.calls
+                        [(functools.partial(program.run, way), jax.block_until_ready)],
+                        args.rounds,
+                        args.calls,
                     )[0]
                     for way in (False, True)
                 ]
