@@ -7,21 +7,16 @@ backward: the median over rounds in which peers and op take turns, so that all s
 count visible pairs only: 4 H FLOPs forward and 14 H forward + backward, a pair and head.
 """
 
-import argparse
 import functools
-import json
-import os
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blockjax.kernels.benching import interleaved
+from blockjax.kernels.benching import arguments, compare, show
 from blockjax.kernels.block_sparse_attention import block_sparse_attention
 from blockjax.kernels.block_sparse_attention.peers import PEERS, Runner, jax_runner, missing
 from blockjax.kernels.platforms import target
-from rich.console import Console
-from rich.table import Table
 
 from blockjax.errors import UsageError
 from blockjax.masks import BlockMask, Causal
@@ -140,18 +135,15 @@ def measure(case: Case, rounds: int, calls: int) -> dict:
             print(f"{name} is left out: {str(error).splitlines()[0]}")
             continue
         runners[name] = peer
-    forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
-    both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
+    runs = compare(runners, rounds, calls)
     flops = 4 * case.B * case.N * case.H * float(mask.visible_pairs())
+    for run in runs.values():
+        for way, count in (("fwd", flops), ("fwd_bwd", 3.5 * flops)):
+            run[f"{way}_tflops"] = count / run[f"{way}_ms"] * 1e-9
     return {
         "visible_pairs": float(mask.visible_pairs()),
         "executed_pairs": float(mask.executed_pairs()),
-        "runs": {
-            name: dict(
-                fwd_ms=f, fwd_bwd_ms=b, fwd_tflops=flops / f * 1e-9, fwd_bwd_tflops=3.5 * flops / b * 1e-9
-            )
-            for name, f, b in zip(runners, forward, both, strict=True)
-        },
+        "runs": runs,
     }
 
 
@@ -166,37 +158,16 @@ def check(case: Case, name: str, ours: Runner, peer: Runner) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Peers of other frameworks need memory too.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platform, device = target()
-    cases = CASES.get(platform, CASES["cpu"])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=1 if platform == "cpu" else 8, help="a round")
+    parser, cases = arguments(__doc__, CASES)
     args = parser.parse_args(argv)
-
-    console = Console()
-    table = Table(title=f"block_sparse_attention on {device}: milliseconds, and times as fast as each peer")
-    for column in ("case", "", "fwd", "TFLOP/s", "x", "fwd+bwd", "TFLOP/s", "x"):
-        table.add_column(column, justify="right" if column not in ("case", "") else "left")
-    results = {}
-    for name in args.case:
-        with console.status(name):
-            r = results[name] = measure(cases[name], args.rounds, args.calls)
-        ours = r["runs"]["ours"]
-        for who, run in r["runs"].items():
-            cells = []
-            for way in ("fwd", "fwd_bwd"):
-                ratio = "" if who == "ours" else f"{run[f'{way}_ms'] / ours[f'{way}_ms']:.2f}"
-                cells += [f"{run[f'{way}_ms']:.3f}", f"{run[f'{way}_tflops']:.3g}", ratio]
-            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
-    console.print(table)
-    if args.json:
-        described = {name: {**vars(cases[name]), **r} for name, r in results.items()}
-        with open(args.json, "w") as file:
-            json.dump({"device": device, "jax": jax.__version__, "cases": described}, file, indent=2)
+    show(
+        args,
+        cases,
+        lambda case: measure(case, args.rounds, args.calls),
+        f"block_sparse_attention on {target()[1]}: milliseconds, and times as fast as each peer",
+        ("TFLOP/s", lambda result, run, way: f"{run[f'{way}_tflops']:.3g}"),
+        jax=jax.__version__,
+    )
 
 
 if __name__ == "__main__":

@@ -9,21 +9,16 @@ are given. Times are medians over rounds in which all runners take turns, forwar
 the arrays of M a token that a pass reads and writes, each once.
 """
 
-import argparse
-import json
-import os
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blockjax.kernels.benching import copy_bandwidth, interleaved
+from blockjax.kernels.benching import arguments, copy_bandwidth, show_beside_copy
 from blockjax.kernels.depth_mix.api import depth_join, depth_mix, depth_read
 from blockjax.kernels.depth_mix.peers import PEERS, Runner, jax_runner, missing
 from blockjax.kernels.depth_mix.spec import Spec, floor_bytes
 from blockjax.kernels.platforms import target
-from rich.console import Console
-from rich.table import Table
 
 EPS = 1e-6
 
@@ -146,52 +141,14 @@ CASES = {
         "stack": Stack(T=65536, M=2048, L=32, size=8),
     },
 }
-"""By platform; a TPU has those of a CPU."""
-
-
-def measure(case, bandwidth: float, rounds: int, calls: int) -> dict:
-    """Milliseconds of op and peers, and the milliseconds that the bytes alone would take."""
-    runners = case.runners()
-    forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
-    both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
-    fwd, fwd_bwd = (1e3 * count / bandwidth for count in case.bytes())
-    runs = {name: dict(fwd_ms=f, fwd_bwd_ms=b) for name, f, b in zip(runners, forward, both, strict=True)}
-    return dict(floor=dict(fwd_ms=fwd, fwd_bwd_ms=fwd_bwd), runs=runs)
+"""By platform."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Peers of other frameworks need memory too.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platform, device = target()
-    cases = CASES.get(platform, CASES["cpu"])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=1 if platform == "cpu" else 8, help="a round")
+    parser, cases = arguments(__doc__, CASES)
     args = parser.parse_args(argv)
-
-    console = Console()
-    bandwidth = copy_bandwidth(platform, args.rounds, args.calls)
-    table = Table(title=f"depth_mix on {device}, copy {bandwidth / 1e12:.3g} TB/s: milliseconds")
-    for column in ("case", "", "fwd", "of copy", "x", "fwd+bwd", "of copy", "x"):
-        table.add_column(column, justify="right" if column not in ("case", "") else "left")
-    results = {}
-    for name in args.case:
-        with console.status(name):
-            r = results[name] = measure(cases[name], bandwidth, args.rounds, args.calls)
-        ours, floor = r["runs"]["ours"], r["floor"]
-        for who, run in r["runs"].items():
-            cells = []
-            for way in ("fwd_ms", "fwd_bwd_ms"):
-                ratio = "" if who == "ours" else f"{run[way] / ours[way]:.2f}"
-                cells += [f"{run[way]:.3f}", f"{100 * floor[way] / run[way]:.0f} %", ratio]
-            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
-    console.print(table)
-    if args.json:
-        described = {name: {**vars(cases[name]), **r} for name, r in results.items()}
-        with open(args.json, "w") as file:
-            json.dump({"device": device, "bytes_a_second": bandwidth, "cases": described}, file, indent=2)
+    bandwidth = copy_bandwidth(target()[0], args.rounds, args.calls)
+    show_beside_copy("depth_mix", args, cases, bandwidth, lambda case: case.runners())
 
 
 if __name__ == "__main__":

@@ -8,19 +8,14 @@ at the speed of a large copy, as a part of the time: q, k, v, o and their gradie
 reads q, k, v and do again.
 """
 
-import argparse
 import functools
-import json
-import os
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from blockjax.kernels.benching import copy_bandwidth, interleaved
+from blockjax.kernels.benching import arguments, copy_bandwidth, show_beside_copy
 from blockjax.kernels.linear_attention.peers import PEERS, Arrays, Runner, missing, ours
 from blockjax.kernels.platforms import target
-from rich.console import Console
-from rich.table import Table
 
 
 @jax.jit
@@ -96,53 +91,17 @@ CASES = {
         "none-32k": _gpu(T=32768, decay="none"),
     },
 }
-"""By platform; a TPU has those of a CPU."""
-
-
-def measure(case: Case, implementation: str | None, bandwidth: float, rounds: int, calls: int) -> dict:
-    """Milliseconds of op and peers, and the milliseconds that the bytes alone would take."""
-    runners = case.runners(implementation)
-    forward = interleaved([(r.forward, r.wait) for r in runners.values()], rounds, calls)
-    both = interleaved([(r.both, r.wait) for r in runners.values()], rounds, calls)
-    fwd, fwd_bwd = (1e3 * count / bandwidth for count in case.bytes())
-    runs = {name: dict(fwd_ms=f, fwd_bwd_ms=b) for name, f, b in zip(runners, forward, both, strict=True)}
-    return dict(floor=dict(fwd_ms=fwd, fwd_bwd_ms=fwd_bwd), runs=runs)
+"""By platform."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Peers of other frameworks need memory too.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platform, device = target()
-    cases = CASES.get(platform, CASES["cpu"])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
+    parser, cases = arguments(__doc__, CASES)
     parser.add_argument("--implementation", help="a backend by name; default the one that the op chooses")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=1 if platform == "cpu" else 8, help="a round")
     args = parser.parse_args(argv)
-
-    console = Console()
-    bandwidth = copy_bandwidth(platform, args.rounds, args.calls)
-    table = Table(title=f"linear_attention on {device}, copy {bandwidth / 1e12:.3g} TB/s: milliseconds")
-    for column in ("case", "", "fwd", "of copy", "x", "fwd+bwd", "of copy", "x"):
-        table.add_column(column, justify="right" if column not in ("case", "") else "left")
-    results = {}
-    for name in args.case:
-        with console.status(name):
-            r = measure(cases[name], args.implementation, bandwidth, args.rounds, args.calls)
-        results[name], mine, floor = r, r["runs"]["ours"], r["floor"]
-        for who, run in r["runs"].items():
-            cells = []
-            for way in ("fwd_ms", "fwd_bwd_ms"):
-                ratio = "" if who == "ours" else f"{run[way] / mine[way]:.2f}"
-                cells += [f"{run[way]:.3f}", f"{100 * floor[way] / run[way]:.0f} %", ratio]
-            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*r["runs"]][-1])
-    console.print(table)
-    if args.json:
-        described = {name: {**vars(cases[name]), **r} for name, r in results.items()}
-        with open(args.json, "w") as file:
-            json.dump({"device": device, "bytes_a_second": bandwidth, "cases": described}, file, indent=2)
+    bandwidth = copy_bandwidth(target()[0], args.rounds, args.calls)
+    show_beside_copy(
+        "linear_attention", args, cases, bandwidth, lambda case: case.runners(args.implementation)
+    )
 
 
 if __name__ == "__main__":
