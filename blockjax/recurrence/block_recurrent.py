@@ -23,7 +23,8 @@ from blockjax.kernels.linear_attention.api import count_documents
 from blockjax.masks import BlockMask, Window
 from blockjax.parallel.mesh import cut
 from blockjax.parameters import RMSNorm, apply_rope, rope_table, weight
-from blockjax.recurrence.mixer import Mixer, Sizes, Work, unit, wide
+from blockjax.partials import wide
+from blockjax.recurrence.mixer import Mixer, Sizes, Work, unit
 from blockjax.recurrence.past import Past
 
 GATES = ("fixed", "lstm")

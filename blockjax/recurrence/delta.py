@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blockjax.parameters import RMSNorm, weight
+from blockjax.partials import wide
 from blockjax.recurrence.convolution import ShortConvolution
-from blockjax.recurrence.mixer import Mixer, Sizes, Work, linear_work, rate_parameters, unit, wide
+from blockjax.recurrence.mixer import Mixer, Sizes, Work, linear_work, rate_parameters, unit
 from blockjax.recurrence.past import Past, linear_recurrence
 
 

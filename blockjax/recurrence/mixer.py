@@ -120,8 +120,3 @@ def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / |x| along the last axis, computed in float32."""
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """In float32, in which decays and states are computed; float64 stays."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -10,8 +10,9 @@ from flax import nnx
 
 from blockjax.errors import UsageError
 from blockjax.parameters import RMSNorm, weight
+from blockjax.partials import wide
 from blockjax.recurrence.convolution import ShortConvolution
-from blockjax.recurrence.mixer import Mixer, Sizes, Work, linear_work, rate_parameters, wide
+from blockjax.recurrence.mixer import Mixer, Sizes, Work, linear_work, rate_parameters
 from blockjax.recurrence.past import Past, linear_recurrence
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from blockjax.kernels import checking
 from blockjax.kernels.linear_attention import api, hopper, passes, reference, xla
-from blockjax.kernels.linear_attention.hopper import TILE, pieces, sweep
+from blockjax.kernels.linear_attention.hopper import TILE, parts, pieces, sweep
 from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec
 from blockjax.kernels.platforms import Target
 
@@ -50,7 +50,7 @@ def test_refuses_before_compilation_with_the_numbers(changes, reason):
 def test_pieces_cover_the_chunks(heads, chunks):
     cut = pieces.cut(heads, 1, chunks)
     assert sum(cut.lengths()) == chunks and min(cut.lengths()) >= 1
-    assert cut.pieces <= pieces.MOST_PIECES
+    assert cut.pieces <= parts.MOST_PIECES
 
 
 @pytest.mark.parametrize(("B", "N", "count"), [(1, 16, 8), (4, 16, 2), (1, 132, 1)])
@@ -140,7 +140,7 @@ IDS = np.repeat([3, 3, 5, 6, 7], [30, 98, 1, 300, 21])
 @pytest.mark.parametrize("decay", ["none", "head", "token", "documents", "steep"])
 def test_what_is_around_the_kernels(decay, T, monkeypatch):
     """With kernels that are plain JAX: pieces, decays, states between, which walk gives which gradient."""
-    monkeypatch.setattr(pieces, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(parts, "LEAST_CHUNKS", 1)
     args = make(decay=dict(documents="token", steep="head").get(decay, decay), B=1, T=T, Hk=4, Hv=3)
     if decay == "steep":
         args["log_decay"] = jnp.asarray([-3.0, -0.0])

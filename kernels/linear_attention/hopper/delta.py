@@ -30,13 +30,6 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import Tokens
 from blockjax.kernels.linear_attention.hopper.parts import Cut
 from blockjax.kernels.linear_attention.spec import Inputs, Options, form
 
-MULTIPROCESSORS = 132
-MOST_PIECES = 32
-"""The chain over pieces is written out."""
-
-LEAST_CHUNKS = 4
-"""Of a piece: its state is loaded and stored for them."""
-
 
 class Residuals(NamedTuple):
     """What the backward pass sees again.
@@ -57,16 +50,10 @@ class Residuals(NamedTuple):
 
 
 def cut(heads: int, K: int, chunks: int) -> Cut:
-    """The cut that takes the fewest turns of walks with outputs, and of those that only sum pieces up."""
-
-    def cost(length: int) -> float:
-        pieces = pl.cdiv(chunks, length)
-        turns = [pl.cdiv(heads * n, MULTIPROCESSORS) for n in (pieces, pieces - 1, 2 * pieces)]
-        return length * (5 * turns[0] + turns[1] + turns[2])
-
-    most = max(1, min(MOST_PIECES, chunks // LEAST_CHUNKS))
-    lengths = sorted({pl.cdiv(chunks, pieces) for pieces in range(1, most + 1)}, reverse=True)
-    return Cut(heads, K, chunks, min(lengths, key=cost))
+    """By the turns of walks with outputs, and of those that only sum pieces up."""
+    return Cut.best(
+        heads, K, chunks, lambda pieces, turns: 5 * turns(pieces) + turns(pieces - 1) + turns(2 * pieces)
+    )
 
 
 def forward_pass(inputs: Inputs, options: Options):

@@ -10,7 +10,6 @@ E is what `V - S^T k` of each token is, `b E` what it writes: beta may be 0 and 
 strictly lower, so what is rounded in E is the correction alone.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,11 +18,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention.gates import Rows
 from blockjax.kernels.linear_attention.hopper import TILE
-from blockjax.kernels.linear_attention.hopper.parts import COLUMN, ROW, WGMMA
+from blockjax.kernels.linear_attention.hopper.parts import COLUMN, LOG2_E, ROW, WGMMA
 from blockjax.kernels.linear_attention.spec import Inputs
 from jax import lax
-
-LOG2_E = math.log2(math.e)
 
 COARSE, FINE, ENTER, LEAVE, BETA = range(5)
 """Rows of `Tokens`; the first two are G in two parts, see `running_sums`."""

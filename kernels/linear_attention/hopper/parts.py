@@ -23,6 +23,14 @@ COLUMN = WGMMA.reduce(0)
 UNSEEN = -126.0
 """Powers of 2 below this one are flushed to 0."""
 
+MULTIPROCESSORS = 132
+
+MOST_PIECES = 32
+"""The chain over pieces is written out."""
+
+LEAST_CHUNKS = 4
+"""Of a piece: its state is loaded and stored for them."""
+
 ENTER, LEAVE, SUM, DOCUMENT = range(4)
 """Rows of `Decays.tokens`."""
 
@@ -48,6 +56,21 @@ class Cut:
     @property
     def pieces(self) -> int:
         return pl.cdiv(self.chunks, self.length)
+
+    @staticmethod
+    def best(heads: int, K: int, chunks: int, work: Callable[[int, Callable[[int], int]], int]) -> "Cut":
+        """The one whose `work(pieces, turns)` a chunk is least, the longest pieces of those.
+
+        `turns` says how often a multiprocessor is used by a kernel with so many pieces.
+        """
+
+        def cost(length: int) -> int:
+            turns = lambda pieces: pl.cdiv(heads * pieces, MULTIPROCESSORS)  # noqa: E731
+            return length * work(pl.cdiv(chunks, length), turns)
+
+        most = max(1, min(MOST_PIECES, chunks // LEAST_CHUNKS))
+        lengths = sorted({pl.cdiv(chunks, pieces) for pieces in range(1, most + 1)}, reverse=True)
+        return Cut(heads, K, chunks, min(lengths, key=cost))
 
     def lengths(self) -> list[int]:
         """In chunks, of each piece."""

@@ -12,26 +12,10 @@ from blockjax.kernels.linear_attention.hopper.summaries import Operands, summari
 from blockjax.kernels.linear_attention.hopper.sweep import Sweep
 from blockjax.kernels.linear_attention.spec import Inputs
 
-MULTIPROCESSORS = 132
-
-MOST_PIECES = 32
-"""The chain over pieces is written out."""
-
-LEAST_CHUNKS = 4
-"""Of a piece: its state is loaded and stored for them."""
-
 
 def cut(heads: int, K: int, chunks: int) -> Cut:
-    """The cut that takes the fewest turns: `sweep` moves four tiles a chunk and `summaries` two."""
-
-    def cost(length: int) -> float:
-        pieces = pl.cdiv(chunks, length)
-        turns = pl.cdiv(heads * pieces, MULTIPROCESSORS), pl.cdiv(heads * (pieces - 1), MULTIPROCESSORS)
-        return length * (4 * turns[0] + 2 * turns[1])
-
-    most = max(1, min(MOST_PIECES, chunks // LEAST_CHUNKS))
-    lengths = sorted({pl.cdiv(chunks, pieces) for pieces in range(1, most + 1)}, reverse=True)
-    return Cut(heads, K, chunks, min(lengths, key=cost))
+    """`sweep` moves four tiles a chunk and `summaries` two."""
+    return Cut.best(heads, K, chunks, lambda pieces, turns: 4 * turns(pieces) + 2 * turns(pieces - 1))
 
 
 @dataclass(frozen=True)
