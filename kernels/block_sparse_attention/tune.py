@@ -13,6 +13,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from blockjax.kernels import benching
 from blockjax.kernels.block_sparse_attention import api, bench, tuning
 from blockjax.kernels.block_sparse_attention.spec import Tiles
 from rich.console import Console
@@ -91,7 +92,7 @@ def tune(args, console: Console):
             else:
                 refused[choice] = "wrong"
         # In turns: a device that has just begun to work is slower, or faster, than later.
-        found = dict(zip(runs, bench.interleaved([*runs.values()], ROUNDS, CALLS), strict=True))
+        found = dict(zip(runs, benching.interleaved([*runs.values()], ROUNDS, CALLS), strict=True))
         for choice in choices:
             table.add_row("{}x{}".format(*choice), refused.get(choice) or f"{found[choice]:.3f}")
         console.print(table)

@@ -64,7 +64,7 @@ def test_a_config_that_does_not_fit_is_refused(used):
 
 def test_tuning_writes_what_later_calls_use(used, tmp_path, monkeypatch, capsys):
     out = tmp_path / "tuned.json"
-    monkeypatch.setattr(tune.bench, "interleaved", lambda runs, *_: [-i for i in range(len(runs))])
+    monkeypatch.setattr(tune.benching, "interleaved", lambda runs, *_: [-i for i in range(len(runs))])
     tune.main(f"--T 64 --N 2 --K 2 --H 8 --block 16 --dtype float32 --out {out}".split())
     (entry,) = json.loads(out.read_text()).values()
     # The later it was tried, the faster it pretended to be.

@@ -310,18 +310,25 @@ def test_a_bit_that_orbax_does_not_miss(tmp_path):
     for step in (1, 2):
         checkpoints.save(step, make_state(step, rows=4096))
     checkpoints.wait()
-    file, right = largest(names(tmp_path, "2")), np.asarray(make_state(2, rows=4096).params["embedding"])
+    file = largest(names(tmp_path, "2"))
+
+    def by_orbax() -> list[bytes]:
+        return [
+            np.asarray(x).tobytes()
+            for x in jax.tree.leaves(ocp.PyTreeCheckpointer().restore(names(tmp_path, "2")))
+        ]
+
+    right = by_orbax()
 
     def silent(bit) -> bool:
         flip(file, bit)
         try:
-            found = ocp.PyTreeCheckpointer().restore(names(tmp_path, "2"))["params"]["embedding"]
+            return by_orbax() != right
         except Exception:  # it noticed
             return False
-        return np.asarray(found).tobytes() != right.tobytes()
 
     size = file.stat().st_size
-    for byte in range(size // 7, size, size // 7):
+    for byte in range(size // 20, size, size // 20):
         if silent(8 * byte):
             break
         flip(file, 8 * byte)
