@@ -10,7 +10,9 @@ Arguments: a size (30m); `kind`: dense, window, brt, lightning, gdn or hybrid (d
 Sweep:     all six kinds, three seeds. The inner width of the MLPs makes up for what mixers take, so that all
            have as many parameters. Recurrent layers go on from row to row within a document, in training and
            in evaluation; attention sees its row
-Metrics:   val/bits_per_byte_from/N: bits per byte at positions N .. 2N - 1 of a document
+Metrics:   val/bits_per_byte_from/N: bits per byte at positions N .. 2N - 1 of a document; in positions.png
+Control:   python experiments/evaluate.py --run=runs/recurrence/gdn-seed0
+           evaluates a trained model with its memory reset at each row, too
 Hardware:  one GPU or TPU; `small`: any GPU, or two CPU cores (about 20 minutes a run)
 Source:    Block-Recurrent Transformers (arXiv:2203.07852), Lightning Attention-2 (arXiv:2401.04658), Gated
            DeltaNet (arXiv:2412.06464); 3 recurrent layers to 1 of attention as in Kimi Linear

@@ -1,6 +1,7 @@
 """The static schedule of the TPU kernels of `linear_attention`, without a TPU.
 
-    python experiments/recurrence_schedule.py [--chip v5e v5p v6e] [--kind decay delta] [--json out.json]
+    python experiments/recurrence_schedule.py [--chip v5e v5p v6e] [--rule decay delta gla kda]
+        [--json out.json]
 
 As `tpu_schedule.py`: what libtpu scheduled, in bundles, on the way through one chunk of the grid; waits for
 memory are not in it. Columns: heads of a grid step; bundles for a chunk of one head; the floor, what the
@@ -21,6 +22,13 @@ if __package__ is None:
 
 from experiments.tpu_schedule import TOPOLOGIES, UNITS, Program, dumped, one_chip
 
+RULES = {
+    "decay": ("decay", "token"),
+    "delta": ("delta", "token"),
+    "gla": ("decay", "channel"),
+    "kda": ("delta", "channel"),
+}
+"""Kind and form of decay."""
 KERNELS = {"decay": ("forward", "states", "backward"), "delta": ("inverse", "forward", "states", "backward")}
 SIZES = dict(B=1, T=8192, N=16, K=16, Hk=128, Hv=128)
 
@@ -30,26 +38,26 @@ def main(argv: list[str] | None = None) -> list[dict]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chip", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
-    parser.add_argument("--kind", nargs="+", choices=KERNELS, default=[*KERNELS])
+    parser.add_argument("--rule", nargs="+", choices=RULES, default=[*RULES])
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--compile", nargs=2, metavar=("CHIP", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=2, metavar=("CHIP", "RULE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.compile:
         compile_case(*args.compile)
         return []
     rows = []
     for chip in args.chip:
-        for kind in args.kind:
-            with dumped(__file__, chip, kind) as folder:
-                rows += [read(chip, kind, kernel, folder) for kernel in KERNELS[kind]]
+        for rule in args.rule:
+            with dumped(__file__, chip, rule) as folder:
+                rows += [read(chip, rule, kernel, folder) for kernel in KERNELS[RULES[rule][0]]]
     show(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     return rows
 
 
-def compile_case(chip: str, kind: str):
-    """Forward and backward, in bfloat16 with a decay a token."""
+def compile_case(chip: str, rule: str):
+    """Forward and backward, in bfloat16."""
     import jax
     import jax.numpy as jnp
     from blockjax.kernels.linear_attention import linear_attention
@@ -60,9 +68,10 @@ def compile_case(chip: str, kind: str):
     def array(*shape, dtype="float32"):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    B, T, N, K, Hk, Hv = SIZES.values()
+    (kind, decay), (B, T, N, K, Hk, Hv) = RULES[rule], SIZES.values()
     args = dict(q=array(B, T, N, Hk, dtype="bfloat16"), k=array(B, T, K, Hk, dtype="bfloat16"))
-    args |= dict(v=array(B, T, K, Hv, dtype="bfloat16"), log_decay=array(B, T, K))
+    args["v"] = array(B, T, K, Hv, dtype="bfloat16")
+    args["log_decay"] = array(*dict(token=(B, T, K), channel=(B, T, K, Hk))[decay])
     if kind == "delta":
         args["beta"] = array(B, T, K)
 
@@ -74,18 +83,19 @@ def compile_case(chip: str, kind: str):
         jax.jit(both).lower(args).compile()
 
 
-def read(chip: str, kind: str, kernel: str, folder: pathlib.Path) -> dict:
+def read(chip: str, rule: str, kernel: str, folder: pathlib.Path) -> dict:
     """The counts of one kernel on the way through one chunk, for each of the heads of a grid step."""
     import jax.numpy as jnp
     from blockjax.kernels.linear_attention import tpu
 
     _, _, N, K, Hk, Hv = SIZES.values()
-    heads = tpu.Sizes(kind, tpu.CHUNKS[kind], N // K, K, Hk, Hv, jnp.dtype("bfloat16")).heads
+    chunk = tpu.chunk_of(*RULES[rule])
+    heads = tpu.Sizes(*RULES[rule], chunk, N // K, K, Hk, Hv, jnp.dtype("bfloat16")).heads
     program = Program.of(folder, f"linear_attention_{kernel}")
     path = program.full_block_path()
     bundles = sum(path.values())
     return dict(
-        chip=chip, kind=kind, kernel=kernel, chunk=tpu.CHUNKS[kind], heads=heads,
+        chip=chip, rule=rule, kernel=kernel, chunk=chunk, heads=heads,
         bundles=bundles / heads, floor=program.used("MATMUL", path) / heads,
         **{name: program.used(unit, path) / bundles for unit, name in UNITS.items()},
         spills=program.used("VSTORE:SPILL", path) / heads,
@@ -95,7 +105,7 @@ def read(chip: str, kind: str, kernel: str, folder: pathlib.Path) -> dict:
 def show(rows: list[dict]):
     table = Table(title="Static schedule of a chunk of one head: a count of bundles, not a time")
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("chip", "kind", "kernel") else "right")
+        table.add_column(name, justify="left" if name in ("chip", "rule", "kernel") else "right")
     for row in rows:
         values = (f"{x:.2f}" if name in UNITS.values() else f"{x:.0f}" if isinstance(x, float) else str(x)
                   for name, x in row.items())  # fmt: skip

@@ -10,7 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.platforms import target
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 
 WAYS = "fwd", "fwd_bwd"
@@ -72,21 +74,27 @@ def show(args, cases: dict, measure: Callable, title: str, beside: tuple[str, Ca
     for column in ("case", "", "fwd", header, "x", "fwd+bwd", header, "x"):
         table.add_column(column, justify="right" if column not in ("case", "") else "left")
     results = {}
-    for name in args.case:
-        with console.status(name):
+    # A terminal sees the table grow, and the file holds what was measured if the rest is interrupted.
+    with Live(Group(table, spinner := Spinner("dots")), console=console) as live:
+        for name in args.case:
+            spinner.update(text=name)
             result = results[name] = measure(cases[name])
-        runs = result["runs"]
-        for who, run in runs.items():
-            cells = []
-            for way in WAYS:
-                ms, ours = run[f"{way}_ms"], runs["ours"][f"{way}_ms"]
-                cells += [f"{ms:.3f}", text(result, run, way), "" if who == "ours" else f"{ms / ours:.2f}"]
-            table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*runs][-1])
-    console.print(table)
-    if args.json:
-        described = {name: {**vars(cases[name]), **result} for name, result in results.items()}
-        with open(args.json, "w") as file:
-            json.dump({"device": target()[1], **about, "cases": described}, file, indent=2)
+            runs = result["runs"]
+            for who, run in runs.items():
+                cells = []
+                for way in WAYS:
+                    ms, ours = run[f"{way}_ms"], runs["ours"][f"{way}_ms"]
+                    cells += [
+                        f"{ms:.3f}",
+                        text(result, run, way),
+                        "" if who == "ours" else f"{ms / ours:.2f}",
+                    ]
+                table.add_row(name if who == "ours" else "", who, *cells, end_section=who == [*runs][-1])
+            if args.json:
+                described = {name: {**vars(cases[name]), **result} for name, result in results.items()}
+                with open(args.json, "w") as file:
+                    json.dump({"device": target()[1], **about, "cases": described}, file, indent=2)
+        live.update(table)
 
 
 def show_beside_copy(op: str, args, cases: dict, bandwidth: float, runners: Callable) -> None:

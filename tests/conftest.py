@@ -13,6 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cuda,cpu" if ON_GPU else "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 # As many threads of XLA as may wait for each other: eight devices, each in several collectives at a time.
 os.environ.setdefault("NPROC", "64")
+if not ON_GPU:
+    # Most time goes to compiling programs that run once, on tiny arrays; subprocesses take part.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if ON_GPU:
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # tuning takes longer than the tests
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # workers share the memory
@@ -41,13 +44,13 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a Hopper GPU: make test-gpu")
 
 
-@pytest.fixture(scope="class")
-def quick_compiles():
-    """For tests whose programs run once, on tiny arrays: most of their time is compilation."""
+@pytest.fixture
+def optimized():
+    """For tests of what the compiler makes: as users compile."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

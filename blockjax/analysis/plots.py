@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import matplotlib.pyplot as plt
 import numpy as np
+from etils import epath
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -137,6 +139,28 @@ def plot_token_weights(weights: np.ndarray, tokens: list[str], labels_sources: l
     return figure
 
 
+def plot_phases(similarity: np.ndarray, starts: list[int]) -> Figure:
+    """How alike the outputs of layers are, [L, L] of cosines, and the phases into which they are cut.
+
+    `starts` holds the first layer of each phase; a frame is drawn around each.
+    """
+    L = len(similarity)
+    labels = [str(i) for i in range(L)]
+    figure, ax = plt.subplots(layout="constrained")
+    low = min(0.0, float(np.min(similarity)))
+    image = ax.imshow(similarity, cmap="viridis", vmin=low, vmax=1, interpolation="none")
+    size = float(np.clip(0.3 * L, 3.5, 10))
+    room = _thin_labels(ax, "y", labels, size) + _thin_labels(ax, "x", labels, size)
+    figure.set_size_inches(size + room + 1.2, size + 0.6)
+    for start, stop in zip(starts, [*starts[1:], L], strict=True):
+        corner, side = (start - 0.5, start - 0.5), stop - start
+        frame = dict(fill=False, edgecolor=ORANGE, linewidth=2.5, clip_on=False)
+        ax.add_patch(plt.Rectangle(corner, side, side, **frame))
+    figure.colorbar(image, label="mean cosine of outputs", fraction=0.046)
+    ax.set(xlabel="layer", ylabel="layer")
+    return figure
+
+
 def _heat_map(values, label: str, columns: list[str] | None, rows: list[str], *, pitch, family=None):
     """A picture of weights between 0 and 1, NaN blank, `pitch` inches a cell where that is a sensible size.
 
@@ -181,6 +205,14 @@ def _axes(x: str, y: str):
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     style(ax, x, y)
     return figure, ax
+
+
+def save(figure: Figure, path: epath.Path) -> None:
+    """Writes a figure as PNG, to disk or a bucket, and closes it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    plt.close(figure)
+    path.write_bytes(picture.getvalue())
 
 
 def style(ax, x: str, y: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import sys
 import sysconfig
 import zlib
@@ -62,8 +63,8 @@ class Source:
         """Hex digest that changes when a file is added, removed or written to; reads no contents."""
         parts = [self.text_field]
         for name, path in self.files:
-            stat = path.stat()
-            parts.append(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}")
+            found = path.stat()
+            parts.append(f"{name}\0{found.st_size}\0{found.st_mtime_ns}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -110,15 +111,21 @@ def file_source(pattern: str, text_field: str = "text") -> Source:
     """The files behind a path, a folder (searched recursively for `SUFFIXES`) or a glob (`**` allowed).
 
     Raises:
-        UsageError: nothing is there.
+        UsageError: nothing is there, or it cannot be reached.
     """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(pattern))  # which leaves the name of an unknown user as it is
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be read, a NUL
+        raise UsageError(f"{path} cannot be reached: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(mode):
         files = [(name, file) for name, file in _walk(path, set()) if name.endswith(SUFFIXES)]
         if not files:
             raise UsageError(f"the folder {path} holds no file that ends in {', '.join(SUFFIXES)}")
         return Source(path.resolve().name, tuple(files), text_field)
-    if path.is_file():
+    if stat.S_ISREG(mode):
         return Source(path.name, ((path.name, path),), text_field)
     if not glob.has_magic(pattern):
         raise UsageError(

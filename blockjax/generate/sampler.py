@@ -17,6 +17,7 @@ from blockjax.errors import UsageError
 from blockjax.generate.cache import KVCache, cache_size
 from blockjax.locality import SegmentState
 from blockjax.models import LayerSpec, Transformer, TransformerConfig
+from blockjax.models.tied import Tied
 from blockjax.models.transformer import Block
 from blockjax.parallel.mesh import constrain
 from blockjax.recurrence import Past
@@ -68,7 +69,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-Layers = Sequence[tuple[Block, LayerSpec]]
+Layers = Sequence[tuple[Block | Tied, LayerSpec]]
 
 
 class Memory(NamedTuple):

@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,12 +18,16 @@ from blockjax.errors import UsageError, nearest
 from blockjax.locality import Locality
 from blockjax.masks.predicates import array_module
 from blockjax.models.layer_spec import LayerSpec, unstack
-from blockjax.parallel.layouts import LAYOUTS, Layout
+from blockjax.parallel.layouts import LAYOUTS, PIECES, Layout
 from blockjax.parallel.schedules import SCHEDULES
 from blockjax.recurrence import MIXERS, num_params
 
 DTYPES = ("float32", "bfloat16", "float64")  # the last to compare with oracles
 STACKS = ("scan", "bucket", "unroll")
+MAX_DEPTH = 10_000
+"""Layers, also of one pattern: the layer table is built row by row."""
+MAX_SIZE = 2**31 - 1
+"""Of an axis of an array."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class TransformerConfig:
 
     Attributes:
       vocab_size: V, rows of the embedding.
-      depth: L, number of layers.
+      depth: L, number of layers that a token goes through.
       width: M, size of the residual stream.
       heads, kv_heads, head_dim: N, K, H. N is a multiple of K (grouped-query attention).
       ffn: F, inner width of the SwiGLU.
@@ -41,6 +46,11 @@ class TransformerConfig:
         count, for example `512*3,full` or `lightning:decay=fla/scale=0.1*3,512`.
       locality: instead of windows in `pattern`, a schedule of locality over
         depth such as `beta:5` or `beta:5,mode=segment`; see `locality.Locality`.
+      loop: which layers have the weights of others: runs of layers in order, which add up to `depth`.
+        `2,4*3,2` is 2, then 4 that are applied 3 times, then 2; empty: none have. `pattern` is of
+        layers with weights of their own, of which these are 8; `locality` goes on from one time to the next.
+      condition: inner width of the network that tells layers of `loop` with a `*` which time it is; see
+        `tied.Condition`. 0: they are not told.
       residual: how layers read what earlier ones wrote, such as `prenorm` or
         `block_attn_res:size=8`; see `depth.Residual`.
       stack: `scan` compiles one layer for all, `bucket` one for each run of
@@ -67,6 +77,8 @@ class TransformerConfig:
     ffn: int
     pattern: str = "full"
     locality: str = ""
+    loop: str = ""
+    condition: int = 16
     residual: str = "prenorm"
     stack: str = "scan"
     context: int = 2048
@@ -94,8 +106,9 @@ class TransformerConfig:
             "attention_block",
             "context",
         ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.{name}={getattr(self, name)} must be at least 1.")
+            most = MAX_DEPTH if name == "depth" else MAX_SIZE
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"model.{name}={getattr(self, name)} must be at least 1 and at most {most}.")
         if self.heads % self.kv_heads:
             raise UsageError(
                 f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}: "
@@ -109,6 +122,9 @@ class TransformerConfig:
         for key, choices in (*names, ("run.layout", LAYOUTS)):
             if (value := getattr(self, key.partition(".")[2])) not in choices:
                 raise UsageError(f"{key}={value!r} must be {' or '.join(map(repr, choices))}.")
+        if self.condition < 0:
+            raise UsageError(f"model.condition={self.condition} must be at least 0; 0 turns it off.")
+        self._check_loop()
         specs = parse_pattern(self.pattern)
         for mixer in {spec.mixer: None for spec in specs if spec.mixer}:
             mixer.check(self)
@@ -125,10 +141,58 @@ class TransformerConfig:
                 f"{self.residual_rule.heads} heads; change one of them."
             )
 
+    def _check_loop(self) -> None:
+        total = sum(run.count * run.repeats for run in self.runs)
+        if total != self.depth:
+            raise UsageError(
+                f"model.loop={self.loop!r} is of {total} layers, but model.depth={self.depth}; "
+                "make them equal."
+            )
+        if self.loop and self.residual != "prenorm":
+            raise UsageError(
+                f"model.loop={self.loop!r} needs model.residual='prenorm', not {self.residual!r}: the "
+                "sources of depth attention belong to layers that run once."
+            )
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs of `loop`; one of all layers without it."""
+        return parse_loop(self.loop) if self.loop else (Run(0, self.depth, 1, False),)
+
+    @property
+    def distinct(self) -> int:
+        """Number of layers with weights of their own."""
+        return sum(run.count for run in self.runs)
+
+    @functools.cached_property
+    def owners(self) -> tuple[int, ...]:
+        """For each of the L layers, which of the `distinct` ones it is."""
+        return tuple(run.first + i for run in self.runs for _ in range(run.repeats) for i in range(run.count))
+
+    @property
+    def conditioned(self) -> int:
+        """Number of layers with weights of their own that are told which time they are applied."""
+        return sum(run.count for run in self.runs if run.looped) if self.condition else 0
+
+    def with_repeats(self, repeats: int) -> TransformerConfig:
+        """The config in which every part of `loop` with a `*` is applied so many times; the same parameters.
+
+        Raises:
+          UsageError: there is no such part.
+        """
+        if not any(run.looped for run in self.runs) or repeats < 1:
+            raise UsageError(
+                f"Layers cannot be repeated {repeats} times: it takes at least 1, and a model.loop with a *, "
+                f"such as '1,2*4,1', not {self.loop!r}."
+            )
+        runs = [run._replace(repeats=repeats) if run.looped else run for run in self.runs]
+        depth = sum(run.count * run.repeats for run in runs)
+        return dataclasses.replace(self, loop=",".join(map(str, runs)), depth=depth)
+
     @property
     def period(self) -> tuple[LayerSpec, ...]:
         """The layers of one period; what a scan step runs."""
-        return parse_pattern(self.pattern)[: self.depth]
+        return parse_pattern(self.pattern)[: self.distinct]
 
     @property
     def recurrent(self) -> bool:
@@ -149,12 +213,22 @@ class TransformerConfig:
         """Which tokens of a sequence lie on each of `devices`, in blocks as large as those of attention.
 
         Raises:
-          UsageError: they do not divide, or layers are recurrent.
+          UsageError: they do not divide, or recurrent layers cannot be cut so.
         """
-        if self.recurrent:
+        mixers = [spec.mixer for spec in self.period if spec.mixer is not None]
+        for mixer in mixers:
+            if mixer.serial:
+                raise UsageError(
+                    f"Layers {str(mixer)!r} of model.pattern={self.pattern!r} read the states that the block "
+                    "of tokens before left, one block after the other, so devices that share out a sequence "
+                    f"would wait for each other: set mesh.seq=1, not {devices}; mesh.data, fsdp and tensor "
+                    "may cut the model."
+                )
+        if mixers and self.layout not in PIECES:
             raise UsageError(
-                f"model.pattern={self.pattern!r} has recurrent layers, which need whole sequences on a "
-                f"device: set mesh.seq=1, not {devices}; mesh.data, fsdp and tensor may cut the model."
+                f"Recurrent layers of model.pattern={self.pattern!r} go over runs of consecutive tokens: "
+                f"over {devices} devices run.layout must be {' or '.join(map(repr, PIECES))}, "
+                f"not {self.layout!r}."
             )
         chunks = devices * (2 if self.layout == "zigzag" else 1)
         block = max(1, min(self.attention_block, tokens // chunks))
@@ -163,6 +237,12 @@ class TransformerConfig:
                 f"Sequences of {tokens} tokens do not divide into {chunks} chunks of whole blocks of {block} "
                 f"(layout={self.layout!r} over {devices} devices); change the length, mesh.seq, or "
                 f"model.attention_block={self.attention_block}."
+            )
+        if (reach := max((mixer.reach for mixer in mixers), default=0)) > tokens // chunks:
+            raise UsageError(
+                f"Sequences of {tokens} tokens over {devices} devices (layout={self.layout!r}) have runs of "
+                f"{tokens // chunks} tokens, but a convolution of model.pattern={self.pattern!r} reaches "
+                f"{reach} before its own; make them longer, or mesh.seq smaller."
             )
         masks = [spec.mask(tokens, block) for spec in self.layers()] if self.layout == "balanced" else ()
         return Layout.of(self.layout, tokens, devices, block, masks)
@@ -208,31 +288,76 @@ class TransformerConfig:
 
     def rows(self, table: LayerSpec | None) -> tuple[LayerSpec, ...]:
         """One row per layer, from the columns of `table`."""
-        rows = [self.period[i % len(self.period)] for i in range(self.depth)]
+        rows = [self.period[i % len(self.period)] for i in self.owners]
         if table is None:
             return tuple(rows)
         return tuple(row.with_columns(unstack(table, i)) for i, row in enumerate(rows))
 
-    def num_params(self, *, embedding: bool = True) -> int:
-        """Number of parameters; without the input embedding if it is not the head too."""
+    def num_params(self, *, embedding: bool = True, applied: bool = False) -> int:
+        """Number of parameters.
+
+        Args:
+          embedding: False leaves out the input embedding if it is not the head too.
+          applied: count those of layers of `loop` each time that a token meets them.
+        """
+        layers = self.owners if applied else range(self.distinct)
         attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
         attention += 2 * self.head_dim if self.qk_norm else 0
-        mixers = [spec.mixer for spec in self.layers()]
-        layers = sum(attention if mixer is None else num_params(mixer, self) for mixer in mixers)
-        layers += self.depth * (3 * self.width * self.ffn + 2 * self.width)
+        mixers = [self.period[i % len(self.period)].mixer for i in layers]
+        total = sum(attention if mixer is None else num_params(mixer, self) for mixer in mixers)
+        total += len(layers) * (3 * self.width * self.ffn + 2 * self.width)
+        if applied and self.condition:  # the network itself runs once for all tokens
+            total += 3 * self.width * sum(run.count * run.repeats for run in self.runs if run.looped)
+        elif not applied:
+            total += self.conditioned * (2 * self.condition + 3 * self.width * (self.condition + 1))
         tables = self.vocab_size * self.width * (1 if self.tied or not embedding else 2)
-        return layers + tables + self.width + self.residual_rule.num_params(self.width)
+        return total + tables + self.width + self.residual_rule.num_params(self.width)
+
+
+class Run(NamedTuple):
+    """A part of `loop`: layers `first` to `first + count - 1` of the distinct ones, applied `repeats` times.
+
+    `looped` says that it is written with a `*`, even of 1: its layers are told which time it is.
+    """
+
+    first: int
+    count: int
+    repeats: int
+    looped: bool
+
+    def __str__(self) -> str:
+        return f"{self.count}*{self.repeats}" if self.looped else str(self.count)
+
+
+def parse_loop(loop: str) -> tuple[Run, ...]:
+    """Reads `2,4*3,2` as runs of 2, 4 and 2 layers, the second applied 3 times.
+
+    Raises:
+      UsageError: a part that is something else.
+    """
+    runs, first = [], 0
+    for part in map(str.strip, loop.split(",")):
+        match = re.fullmatch(r"([1-9]\d{0,8})(?:\*([1-9]\d{0,8}))?", part, re.ASCII)
+        if not match:
+            raise UsageError(
+                f"model.loop={loop!r}: cannot read {part!r}. Write a number of layers, with how many times "
+                "they are applied, such as '2,4*3,2'; nothing is no loop."
+            )
+        runs.append(Run(first, int(match[1]), int(match[2] or 1), match[2] is not None))
+        first += runs[-1].count
+    return tuple(runs)
 
 
 def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
     """Reads `512*3,full` as three layers with a window of 512 and one without.
 
     Raises:
-      UsageError: a part that is neither, nor a recurrent layer, or an option that its kind does not have.
+      UsageError: a part that is neither, nor a recurrent layer, or an option that its kind does not have;
+        more than `MAX_DEPTH` layers.
     """
     specs = []
     for part in map(str.strip, pattern.split(",")):
-        match = re.fullmatch(r"(full|[1-9]\d*|([a-z]+)(?::([^*]*))?)(?:\*([1-9]\d*))?", part)
+        match = re.fullmatch(r"(full|[1-9]\d{0,8}|([a-z]+)(?::([^*]*))?)(?:\*([1-9]\d{0,8}))?", part)
         if not match or match[2] not in (None, "full", *MIXERS):
             raise UsageError(
                 f"model.pattern={pattern!r}: cannot read {part!r}. Write 'full', a window in tokens, or a "
@@ -248,7 +373,10 @@ def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
             spec = LayerSpec.recurrent(MIXERS[kind](**options))
         else:
             spec = LayerSpec(int(match[1]))
-        specs += [spec] * int(match[4] or 1)
+        count = int(match[4] or 1)
+        if len(specs) + count > MAX_DEPTH:
+            raise UsageError(f"model.pattern={pattern!r} has more than {MAX_DEPTH} layers.")
+        specs += [spec] * count
     return tuple(specs)
 
 

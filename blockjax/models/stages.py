@@ -3,6 +3,9 @@
 A stage is a scan over whole periods, or one layer on its own. A scan crosses no border of a depth block,
 so its carry is the stream's running sum alone; a layer on its own may have a border between its two
 sublayers. What differs inside a scan, such as a window, is scanned along with the parameters.
+
+Layers that are applied several times are stages of their own inside a scan over these times, which holds
+their parameters once: the gradient adds up in its carry.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from blockjax.errors import UsageError
 from blockjax.masks.predicates import is_concrete
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec, unstack
+from blockjax.models.tied import scaled
 from blockjax.parallel.mesh import constrain
 
 CARRY = "carry"
@@ -30,7 +34,7 @@ CARRY = "carry"
 
 
 class Stage(NamedTuple):
-    """Layers `first` to `first + repeats * period - 1`, scanned; layer `first` alone if `repeats` is 0."""
+    """Distinct layers `first` to `first + repeats * period - 1`, scanned; layer `first` alone if 0."""
 
     first: int
     repeats: int
@@ -46,28 +50,67 @@ def plan(config: TransformerConfig, table: LayerSpec | None) -> list[Stage]:
       UsageError: runs of equal layers are asked for, but the table is traced.
     """
     period, residual = len(config.period), config.residual_rule
-    stacked = config.depth // period * period
+    stacked = config.distinct // period * period
     buckets = config.stack == "bucket" and table is not None
     if buckets and not is_concrete(table):
         raise UsageError(
             "model.stack='bucket' compiles the layer table into the program, so its locality cannot move; "
             "use model.stack='scan'."
         )
-    rows = config.rows(table) if buckets else ()
-    stages, layer = [], 0
-    while layer < config.depth:
-        repeats = 0
-        if layer % period == 0 and config.stack != "unroll":
-            room = (residual.end(2 * layer) - 2 * layer) // 2
-            repeats = max(0, min(room, stacked - layer)) // period
-        if buckets:
-            first = rows[layer : layer + period]
-            starts = range(layer, layer + repeats * period, period)
-            equal = [rows[i : i + period] == first for i in starts]
-            repeats = equal.index(False) if False in equal else repeats
-        stages.append(Stage(layer, repeats))
-        layer += repeats * period or 1
+    rows = [[] for _ in range(config.distinct)]  # a layer is equal to another if it is each time
+    for layer, row in zip(config.owners, config.rows(table) if buckets else (), strict=False):
+        rows[layer].append(row)
+    stages = []
+    for run in config.runs:
+        layer, end = run.first, run.first + run.count
+        while layer < end:
+            repeats = 0
+            if layer % period == 0 and config.stack != "unroll":
+                room = (residual.end(2 * layer) - 2 * layer) // 2
+                repeats = max(0, min(room, stacked - layer, end - layer)) // period
+            if buckets:
+                first = rows[layer : layer + period]
+                starts = range(layer, layer + repeats * period, period)
+                equal = [rows[i : i + period] == first for i in starts]
+                repeats = equal.index(False) if False in equal else repeats
+            stages.append(Stage(layer, repeats))
+            layer += repeats * period or 1
     return stages
+
+
+class Each(NamedTuple):
+    """What layers have of their own beside parameters, in order; under a scan each leaf has its steps first.
+
+    Attributes:
+      columns: [layers] of the layer table, or None.
+      gains: [layers, 3, M] of `tied.Condition`, or None.
+      memory: of each layer, None of attentions and without memories.
+    """
+
+    columns: LayerSpec | None
+    gains: jax.Array | None
+    memory: list
+
+    def part(self, start: int, stop: int) -> Each:
+        """Of some of them."""
+        return Each(*jax.tree.map(lambda a: a[start:stop], self[:2]), self.memory[start:stop])
+
+    def periods(self, count: int) -> Each:
+        """For a scan of so many steps, each over some of them."""
+        cut = lambda a: a.reshape(count, -1, *a.shape[1:])  # noqa: E731
+        return Each(*jax.tree.map(cut, self[:2]), _fold(self.memory, count))
+
+
+class Pass(NamedTuple):
+    """What is the same for all layers in one pass through a decoder."""
+
+    model: Any
+    graph: nnx.GraphDef  # of `model.periods`
+    pieces: dict[Stage, Any]
+    stream: Stream
+    rope: tuple[jax.Array, jax.Array]
+    see: Callable[[LayerSpec, list, Any], Any]
+    remat: Callable[[Callable], Callable]
 
 
 def run(
@@ -89,60 +132,88 @@ def run(
       memory: from `Transformer.memory`, or None.
 
     Returns:
-      What `see` appended in each stage, leaves [layers of the stage that append, ...], None where none did;
-      and the memory after the last token.
+      What `see` appended, in pieces, leaves [layers that append, ...] in the order of layers; and the memory
+      after the last token.
     """
-    config, period = model.config, len(model.config.period)
+    config = model.config
     stages = plan(config, table)
     graph, stacked = nnx.split(model.periods)
-    given = memory or {"periods": {}, "tail": {}}
-    before = jax.tree.map(lambda x: x.swapaxes(0, 1), given["periods"])
-    pieces, found, after = _cut(stages, config, (stacked, before)), [], {}
     size = stream.residual.size
     stream.scanned = frozenset(2 * stage.first // size for stage in stages if stage.repeats)
+    this = Pass(model, graph, _cut(stages, config, stacked), stream, rope, see, remat)
+    before = [(memory or {}).get(f"layer_{layer}") for layer in range(config.depth)]
+    found, after, start = [], [], 0
+    for part, gains in zip(config.runs, model.gains(), strict=True):
+        own = [stage for stage in stages if part.first <= stage.first < part.first + part.count]
+        stop = start + part.repeats * part.count
+        columns = jax.tree.map(lambda a: a[start:stop], table)  # noqa: B023
+        each = Each(columns, gains, before[start:stop])
+        if part.repeats > 1 and config.stack == "scan":
 
-    def spec_of(layer: int) -> LayerSpec:
-        spec = config.period[layer % period]
-        return spec if table is None else spec.with_columns(unstack(table, layer))
+            def once(partial, each: Each):
+                stream.partial = partial
+                seen, kept = _through(this, own, each)  # noqa: B023
+                return stream.partial, (seen, kept)
 
+            inputs = each.periods(part.repeats)
+            stream.partial, (seen, kept) = jax.lax.scan(once, stream.partial, inputs, part.repeats)
+            found.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), seen))
+            after += _unfold(kept, part.repeats)
+        else:
+            for i in range(0, stop - start, part.count):
+                seen, kept = _through(this, own, each.part(i, i + part.count))
+                found.append(seen)
+                after += kept
+        start = stop
+    if memory is None:
+        return found, None
+    return found, {f"layer_{layer}": x for layer, x in enumerate(after) if x is not None}
+
+
+def _through(this: Pass, stages: list[Stage], each: Each) -> tuple[Any, list]:
+    """Sends the stream once through the layers of some stages; what they saw, and their memories."""
+    model, stream = this.model, this.stream
+    config, period, remat = model.config, len(model.config.period), this.remat
+    found, after = [], []
     for group in _groups(stages, stream):
         stage, first = group[0], group[0].first
         layers = stage.repeats * period or len(group)
+        mine = each.part(first - stages[0].first, first - stages[0].first + layers)
         stream.begin(2 * first)
         whole = stream.covers(2 * first, 2 * (first + layers))
         # Of a whole depth block, what its layers read of completed ones may be recomputed, too.
         outer = remat if whole else lambda f: f
+        specs = [
+            config.period[i % period] for i in range(first, first + (period if stage.repeats else layers))
+        ]
+        if mine.columns is not None and (config.stack == "bucket" or not stage.repeats):
+            specs = [spec.with_columns(unstack(mine.columns, i)) for i, spec in enumerate(specs)]
+            mine = mine._replace(columns=None)
         if stage.repeats:
-            columns = None
-            if table is not None and config.stack != "bucket":
-                shape = (stage.repeats, period)
-                columns = jax.tree.map(lambda a: a[first : first + layers].reshape(shape), table)  # noqa: B023
-            specs = [spec_of(first + i) for i in range(period)]
-            body = functools.partial(_period, remat, (graph, specs, stream, rope, see))
+            body = functools.partial(_period, remat, (this.graph, specs, stream, this.rope, this.see))
             scan = functools.partial(_scan, body, stage, period, stream)
-            stream.partial, (own, seen, kept) = outer(scan)(stream.carry(), pieces[stage], columns)
+            inputs = this.pieces[stage], mine.periods(stage.repeats)
+            stream.partial, (own, seen, kept) = outer(scan)(stream.carry(), *inputs)
             own, seen = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (own, seen))
             stream.note(own)
-            for slot, leaves in kept.items():
-                after.setdefault(("periods", slot), []).append(leaves)
+            after += _unfold(kept, stage.repeats)
         else:
-            seen, sublayers, names = [], [], []
-            for i in range(first, first + layers):
-                slot, blocks, own = f"slot_{i % period}", model.tail, given["tail"]
-                whole = Stage(i, 0) in pieces
-                if whole:
-                    params, own = jax.tree.map(lambda a: a[0], pieces[Stage(i, 0)])
-                    blocks = nnx.merge(graph, params)
-                names.append(("periods" if whole else "tail", slot))
-                sublayers.append(blocks[slot].sublayers(rope, see(spec_of(i), seen, own.get(slot))))
+            seen, sublayers = [], []
+            for i, (spec, memory) in enumerate(zip(specs, mine.memory, strict=True)):
+                blocks, alone = model.tail, Stage(first + i, 0)
+                if alone in this.pieces:
+                    blocks = nnx.merge(this.graph, jax.tree.map(lambda a: a[0], this.pieces[alone]))
+                block = blocks[f"slot_{(first + i) % period}"]
+                gains = None if mine.gains is None else mine.gains[i]
+                sublayers.append(scaled(block.sublayers(this.rope, this.see(spec, seen, memory)), gains))
             unrolled = functools.partial(_unrolled, stream, first, sublayers, remat)
             stream.partial, kept = outer(unrolled)(stream.partial)
-            for name, leaves in zip(names, kept, strict=True):
-                if leaves is not None:
-                    after.setdefault(name, []).append(jax.tree.map(lambda a: a[None], leaves))
+            after += kept
             seen = _stack(seen)
-        found.append(seen)
-    return found, None if memory is None else _gather(after)
+        if seen is not None:
+            found.append(seen)
+    seen = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else None
+    return seen, after
 
 
 def run_layer(
@@ -156,19 +227,21 @@ def run_layer(
         partial, output, logit, memory = step(checkpoint_name(stream.partial, CARRY), reads)
         memories.append(memory)
         stream.write(partial, output)
-        stream.partial = constrain(stream.partial, ("batch", "time", None))
+        stream.partial = constrain(_after(sublayer, stream.partial), ("batch", "time", None))
         stream.note(_stack([logit]))
     return memories[0]  # an MLP remembers nothing
 
 
-def _gather(pieces: dict) -> dict:
-    """The memory as `Transformer.memory` has it, from the pieces [layers, B, ...] of each slot in order."""
-    memory = {"periods": {}, "tail": {}}
-    for (part, slot), trees in pieces.items():
-        whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-        move = (lambda x: x.swapaxes(0, 1)) if part == "periods" else (lambda x: x[0])
-        memory[part][slot] = jax.tree.map(move, whole)
-    return memory
+def _fold(memory: list, count: int) -> list:
+    """Memories of layers as those of each step of a scan, stacked."""
+    size = len(memory) // count
+    stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+    return [jax.tree.map(stack, *memory[i::size]) for i in range(size)]
+
+
+def _unfold(stacked: list, count: int) -> list:
+    """The memories of which `_fold` makes `stacked`."""
+    return [jax.tree.map(lambda a: a[i], x) for i in range(count) for x in stacked]  # noqa: B023
 
 
 def _groups(stages: list[Stage], stream: Stream) -> Iterator[list[Stage]]:
@@ -190,13 +263,13 @@ def _unrolled(stream: Stream, first: int, layers: list, remat, partial):
     return stream.partial, memories
 
 
-def _scan(body, stage: Stage, period: int, stream: Stream, partial, piece, columns):
+def _scan(body, stage: Stage, period: int, stream: Stream, partial, piece, each: Each):
     """All layers of a stage: the new running sum, and what `_period` says of each period."""
     start, count = 2 * stage.first, (stage.repeats, period, 2)
     reads = stream.reads(start, start + math.prod(count))
     reads = jax.tree.map(lambda a: a.reshape(*count, *a.shape[1:]), reads)
     first = np.arange(stage.repeats) == 0 if stream.residual.starts(start) else None
-    return jax.lax.scan(body, partial, (*piece, columns, reads, first))
+    return jax.lax.scan(body, partial, (piece, each, reads, first))
 
 
 def _period(remat, layers, partial, xs):
@@ -205,22 +278,25 @@ def _period(remat, layers, partial, xs):
 
 
 def _layers(graph, specs, stream: Stream, rope, see, partial, xs):
-    params, memory, columns, reads, first = xs
-    blocks, logits, seen, kept = nnx.merge(graph, params), [], [], {}
-    for i in range(len(blocks)):
-        slot, spec = f"slot_{i}", specs[i]
-        if columns is not None:
-            spec = spec.with_columns(jax.tree.map(lambda a: a[i], columns))  # noqa: B023
-        for j, sublayer in enumerate(blocks[slot].sublayers(rope, see(spec, seen, memory.get(slot)))):
+    params, each, reads, first = xs
+    blocks, logits, seen, kept = nnx.merge(graph, params), [], [], []
+    for i, (spec, memory) in enumerate(zip(specs, each.memory, strict=True)):
+        if each.columns is not None:
+            spec = spec.with_columns(jax.tree.map(lambda a: a[i], each.columns))  # noqa: B023
+        gains = None if each.gains is None else each.gains[i]
+        memories = []
+        for j, sublayer in enumerate(
+            scaled(blocks[f"slot_{i}"].sublayers(rope, see(spec, seen, memory)), gains)
+        ):
             row = None if reads is None else reads.row(i, j)
             starts = first is not None and (i, j) == (0, 0)
             partial, output, logit, after = _sublayer(
                 stream, sublayer, first if starts else False, partial, row
             )
-            partial = constrain(partial + output, ("batch", "time", None))
+            partial = constrain(_after(sublayer, partial + output), ("batch", "time", None))
             logits.append(logit)
-            if after is not None:
-                kept[slot] = after
+            memories.append(after)
+        kept.append(memories[0])  # an MLP remembers nothing
     return partial, (_stack(logits) if stream.record else None, _stack(seen), kept)
 
 
@@ -229,6 +305,11 @@ def _sublayer(stream: Stream, sublayer, first: bool | jax.Array, partial, reads)
     partial, x, logit = stream.join(partial, reads, sublayer.norm, first)
     output, memory = sublayer.run(x)
     return partial, output, logit, memory
+
+
+def _after(sublayer, partial: jax.Array) -> jax.Array:
+    """The running sum after a sublayer, with the gains of a tied layer."""
+    return partial if sublayer.stream is None else (partial * sublayer.stream).astype(partial.dtype)
 
 
 def _stack(parts: list):
@@ -241,7 +322,7 @@ def _cut(stages: list[Stage], config: TransformerConfig, stacked: Any) -> dict[S
     One split, whose transpose is one concatenation: each slice would add to a gradient of all layers.
     """
     period = len(config.period)
-    whole = [stage for stage in stages if stage.first < config.depth // period * period]
+    whole = [stage for stage in stages if stage.first < config.distinct // period * period]
     spans = {stage: (stage.first // period, stage.repeats or 1) for stage in whole}
     unique = list(dict.fromkeys(spans.values()))  # layers of one period that run alone share a piece
     if len(unique) <= 1:

@@ -30,6 +30,7 @@ from blockjax.kernels import block_sparse_attention, linear_attention
 from blockjax.models import stages
 from blockjax.models.config import TransformerConfig
 from blockjax.models.layer_spec import LayerSpec
+from blockjax.models.tied import Condition, Tied
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import Layout
 from blockjax.parallel.mesh import constrain, cut, mesh_axis, parts
@@ -116,10 +117,12 @@ class Sublayer(NamedTuple):
     Attributes:
       norm: of what the residual stream gives.
       run: [B, T, M] from the norm -> [B, T, M], and the memory of a recurrent layer or None.
+      stream: [M] that multiplies the residual stream afterwards, in a tied layer; or None.
     """
 
     norm: RMSNorm
     run: Callable[[jax.Array], tuple[jax.Array, Any]]
+    stream: jax.Array | None = None
 
 
 class Block(nnx.Module):
@@ -177,14 +180,15 @@ class Transformer(nnx.Module):
 
     Parameters of whole periods are stacked: `periods` holds one `Block` per
     slot of the period, each leaf with a leading axis "layers". Layers beyond
-    the last whole period are in `tail`, unstacked.
+    the last whole period are in `tail`, unstacked. Layers of `config.loop` are there once, however often they
+    are applied.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         if config.remat not in REMAT:
             raise UsageError(f"Unknown remat policy {config.remat!r}.{nearest(config.remat, REMAT)}")
         self.config = config
-        repeats, rest = divmod(config.depth, len(config.period))
+        repeats, rest = divmod(config.distinct, len(config.period))
         # Unit variance after the scaling in `embed`, and logits of unit variance if tied.
         table = dict(vocab=config.vocab_size, model=config.width)
         self.embedding = weight(rngs, table, fan_in=config.width)
@@ -201,6 +205,8 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         head = dict(model=config.width, vocab=config.vocab_size)
         self.head = None if config.tied else weight(rngs, head, fan_in=config.width)
+        layers, inner = config.conditioned, config.condition
+        self.condition = Condition(layers, config.width, inner, rngs=rngs) if layers else None
 
     def __call__(
         self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
@@ -254,21 +260,42 @@ class Transformer(nnx.Module):
         hidden, _, after = self._forward(tokens, positions, segment_ids, locality, layout, memory=memory)
         return hidden, after
 
+    def with_repeats(self, repeats: int) -> Transformer:
+        """The decoder with the same parameters that applies each part of `config.loop` with a `*` so often.
+
+        Raises:
+          UsageError: there is no such part.
+        """
+        model = nnx.merge(*nnx.split(self))
+        model.config = self.config.with_repeats(repeats)
+        return model
+
+    def gains(self) -> list[jax.Array | None]:
+        """Of each run of `config.loop`, what `Condition` gives its layers, [layers, 3, M], or None."""
+        found, first = [], 0
+        for run in self.config.runs:
+            gains = None
+            if run.looped and self.condition is not None:
+                gains = self.condition(slice(first, first + run.count), jnp.arange(run.repeats))
+                gains, first = gains.reshape(-1, *gains.shape[2:]), first + run.count
+            found.append(gains)
+        return found
+
     def memory(self, batch: int) -> dict:
         """What the recurrent layers remember of B rows before the first token: zeros.
 
         Returns:
-          {"periods": ..., "tail": ...} like the parameters: memories by slot, [B, repeats, ...] and [B, ...].
+          {"layer_0": ...} of the layers that are recurrent, [B, ...] each; of one that is applied several
+          times, each time.
         """
 
-        def empty(blocks) -> dict:
-            return {name: x.recurrence.empty(batch) for name, x in blocks.items() if x.recurrent}
+        def empty() -> dict:
+            blocks = list(self.distinct())
+            layers = [(i, blocks[owner]) for i, owner in enumerate(self.config.owners)]
+            return {f"layer_{i}": block.recurrence.empty(batch) for i, block in layers if block.recurrent}
 
-        repeats = self.config.depth // len(self.config.period)
-        wide = lambda x: jnp.broadcast_to(x[:, None], (batch, repeats, *x.shape[1:]))  # noqa: E731
-        graph, stacked = nnx.split(self.periods)
-        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], stacked)) if repeats else {}
-        return {"periods": jax.tree.map(wide, empty(one)), "tail": empty(self.tail)}
+        # Only shapes: to cut a layer out of the stack would copy its weights.
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(empty))
 
     def inspect(
         self,
@@ -287,6 +314,46 @@ class Transformer(nnx.Module):
         """
         return self._forward(tokens, positions, segment_ids, locality, None, probe, record=True)[1]
 
+    def activations(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """The residual stream before the first layer and after each, [L + 1, B, T, M] in `config.dtype`.
+
+        Arguments as in `hidden`; one layer is compiled after the other.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segments, rope = self.segments(tokens, positions), self.rope(positions)
+        x = [self.embed(tokens)]
+        for block, spec in self.layers():
+            x.append(self.through(x[-1], block, rope, self.sees(spec, segment_ids, segments)))
+        return jnp.stack(x)
+
+    def through(self, x: jax.Array, block: Block | Tied, rope: tuple[jax.Array, jax.Array], see: See):
+        """The residual stream x [B, T, M] after a layer; under `prenorm`.
+
+        Raises:
+          UsageError: the model has depth attention, whose layers read more than the stream.
+        """
+        if self.config.residual != "prenorm":
+            raise UsageError(
+                f"The stream of a model with model.residual={self.config.residual!r} does not say alone what "
+                "a layer makes of it; this needs 'prenorm'."
+            )
+        stream = self.stream(x)
+        stages.run_layer(stream, 0, block.sublayers(rope, see))
+        return stream.partial
+
+    def sees(self, spec: LayerSpec, segment_ids: jax.Array | None, segments: jax.Array | None = None) -> See:
+        """What a mixer is handed of whole sequences, with nothing before them."""
+        if spec.mixer is not None:
+            return Past(None, segment_ids, False, spec.layer)
+        return self.attend(spec, spec.ids(segment_ids, segments))
+
     def _forward(
         self, tokens, positions, segment_ids, locality, layout, probe=None, record=False, memory=None
     ):
@@ -294,10 +361,11 @@ class Transformer(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = self.segments(tokens, positions)
+        documents = None if segment_ids is None else lay(segment_ids)
 
         def see(spec: LayerSpec, seen: list, memory) -> See:
             if spec.mixer is not None:
-                return Past(memory, segment_ids, memory is not None, spec.layer)
+                return Past(memory, documents, memory is not None, spec.layer, layout)
             ids = spec.ids(segment_ids, segments)
             ids = None if ids is None else lay(ids)
 
@@ -324,7 +392,7 @@ class Transformer(nnx.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        layers: Sequence[tuple[Block, LayerSpec]],
+        layers: Sequence[tuple[Block | Tied, LayerSpec]],
         sees: Iterable[See],
     ) -> tuple[jax.Array, list]:
         """Sends x [B, T, M] through `layers`, one after the other, each with what its mixer sees.
@@ -431,14 +499,27 @@ class Transformer(nnx.Module):
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         return jnp.einsum("BTM,MV->BTV", hidden, w, preferred_element_type=wide)
 
-    def layers(self) -> Iterator[tuple[Block, LayerSpec]]:
-        """Every layer in order with its row of the table, unstacked; for decoding and inspection."""
+    def layers(self) -> Iterator[tuple[Block | Tied, LayerSpec]]:
+        """Every layer in order with its row of the table, unstacked; for decoding and inspection.
+
+        A tied layer is there each time that it is applied.
+        """
+        blocks = list(self.distinct())
+        gains = [
+            row
+            for run, part in zip(self.config.runs, self.gains(), strict=True)
+            for row in (part if part is not None else [None] * (run.count * run.repeats))
+        ]
+        for owner, spec, row in zip(self.config.owners, self.config.layers(), gains, strict=True):
+            yield blocks[owner] if row is None else Tied(blocks[owner], row), spec
+
+    def distinct(self) -> Iterator[Block]:
+        """The layers with weights of their own, unstacked."""
         graph, stacked = nnx.split(self.periods)
-        specs = iter(self.config.layers())
-        for repeat in range(self.config.depth // len(self.config.period)):
+        for repeat in range(self.config.distinct // len(self.config.period)):
             blocks = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repeat], stacked))  # noqa: B023
-            yield from ((blocks[f"slot_{i}"], next(specs)) for i in range(len(blocks)))
-        yield from ((self.tail[f"slot_{i}"], spec) for i, spec in enumerate(specs))
+            yield from (blocks[f"slot_{i}"] for i in range(len(blocks)))
+        yield from (self.tail[f"slot_{i}"] for i in range(len(self.tail)))
 
 
 def logical_axes(model: Transformer) -> dict:

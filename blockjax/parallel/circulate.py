@@ -20,6 +20,12 @@ from blockjax.partials import wide
 Tree = Any
 
 
+def step(x: Tree, axis: str, size: int, by: int) -> Tree:
+    """Sends x `by` places on along an axis of `size`; zeros arrive where it would have come from beyond."""
+    pairs = [(d, d + by) for d in range(size) if 0 <= d + by < size]
+    return jax.tree.map(lambda a: lax.ppermute(a, axis, pairs), x)
+
+
 @dataclass(frozen=True, eq=False)
 class Ring:
     """`size` places along a mesh axis, each `stride` devices from the next.

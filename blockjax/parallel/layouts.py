@@ -74,6 +74,16 @@ class Layout:
     def consecutive(self) -> bool:
         return bool((self.order.ravel() == np.arange(self.order.size)).all())
 
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Its entry of `PIECES`, over which recurrence goes; raises UsageError if it has none."""
+        if self.consecutive:
+            return PIECES["contiguous"]
+        n = self.order.shape[1]
+        if n % 2 == 0 and (self.order == LAYOUTS["zigzag"](self.devices, n, None)).all():
+            return PIECES["zigzag"]
+        raise UsageError(f"Recurrence runs over the layouts {', '.join(PIECES)}, not {self.name!r}.")
+
     def blocks(self, size: int) -> np.ndarray:
         """`order` in blocks of `size` tokens, a divisor of `block`."""
         parts = self.block // size
@@ -146,6 +156,13 @@ LAYOUTS: dict[str, Callable] = {
     "striped": _striped,
     "balanced": _balanced,
 }
+
+
+PIECES = {"contiguous": (1,), "zigzag": (1, -1)}
+"""By layout: the runs of consecutive tokens on each device, and whether later devices hold later ones.
+
+Each begins on the device on which the one before ends.
+"""
 
 
 def work(mask: BlockMask, q: Layout, kv: Layout) -> np.ndarray | None:

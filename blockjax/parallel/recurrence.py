@@ -1,7 +1,7 @@
 """`linear_attention` with the sequence shared out over a mesh axis: affine maps of the state, composed.
 
-Each device summarises its run of tokens as a map of the state: `kernels/linear_attention/summary.py`. What
-all runs before it do is a scan of the monoid `blockjax.affine` over devices, in log P rounds (Hillis and
+Each device summarises its run of tokens as a map of the state: `kernels/linear_attention/xla/summary.py`.
+What all runs before it do is a scan of the monoid `blockjax.affine` over devices, in log P rounds (Hillis and
 Steele 1986) in which each sends one map; then every device calls the op on the state that enters its run.
 Gradients of states take the same way back. Nothing grows with the number of devices.
 """
@@ -30,10 +30,8 @@ from blockjax.kernels.linear_attention.api import (
 )
 from blockjax.kernels.linear_attention.gates import starts
 from blockjax.kernels.platforms import Axes, axis_names
-from blockjax.parallel.layouts import LAYOUTS, Layout
-
-PIECES = {"contiguous": (1,), "zigzag": (1, -1)}
-"""By layout: the runs of consecutive tokens on each device, and whether later devices hold later ones."""
+from blockjax.parallel.circulate import step
+from blockjax.parallel.layouts import PIECES, Layout
 
 
 def linear_attention(
@@ -128,12 +126,7 @@ def _pieces(layout: Layout, devices: int, tokens: int) -> tuple[int, ...]:
             f"The layout is for {layout.tokens} tokens on {layout.devices} devices, but there are {tokens} "
             f"on {devices}; give its name to have arrays laid out."
         )
-    if layout.consecutive:
-        return (1,)
-    n = layout.order.shape[1]
-    if n % 2 == 0 and (layout.order == LAYOUTS["zigzag"](devices, n, None)).all():
-        return PIECES["zigzag"]
-    raise UsageError(f"Recurrence runs over the layouts {', '.join(PIECES)}, not {layout.name!r}.")
+    return layout.pieces
 
 
 @dataclass(frozen=True)
@@ -185,10 +178,7 @@ class _Static:
         rank = place if direction > 0 else self.devices - 1 - place
 
         def shift(x, by):
-            pairs = [
-                (d, d + by * direction) for d in range(self.devices) if 0 <= d + by * direction < self.devices
-            ]
-            return jax.tree.map(lambda a: lax.ppermute(a, self.axis, pairs), x)
+            return step(x, self.axis, self.devices, by * direction)
 
         def choose(some, a, b):
             return jax.tree.map(lambda x, y: jnp.where(some, x, y), a, b)

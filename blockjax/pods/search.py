@@ -88,7 +88,7 @@ def guess(job: Job, state: TrainState, work: Work) -> Guess:
     micro = job.config.run.accumulate
     tokens = job.config.data.batch_size * job.config.data.seq_len * mesh["tensor"] // (job.mesh.size * micro)
     size = jnp.dtype(model.dtype).itemsize
-    layers = model.num_params(embedding=False) - model.vocab_size * model.width
+    layers = model.num_params(embedding=False, applied=True) - model.vocab_size * model.width
     weights = size * layers / mesh["tensor"]  # of all layers, gathered
     kept = activations(model, mesh["tensor"])
     params = cut_bytes(state.params, mesh)

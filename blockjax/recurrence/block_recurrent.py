@@ -45,6 +45,7 @@ class BlockRecurrent(Mixer):
     """
 
     kind = "brt"
+    serial = True  # states are read through a softmax: what they do to the next ones is no affine map
 
     window: int = 512
     states: int = 512

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blockjax.kernels.linear_attention.api import count_documents
+from blockjax.parallel.halo import runs_with_halo, tokens_at
+from blockjax.parallel.mesh import cut, mesh_axis
 from blockjax.recurrence.past import Past
 
 
@@ -32,28 +34,46 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, jax.Array | None]:
         """x [B, T, ...] -> the same, and the memory: the last inputs of the document that goes on."""
-        taps, (B, T), size = self.taps[...], x.shape[:2], self.taps.shape[0]
-        axes = tuple(range(2, x.ndim))
+        taps, (B, T), reach = self.taps[...], x.shape[:2], self.taps.shape[0] - 1
+        where = dict(layout=past.layout, axis=mesh_axis("time"), batch=cut("batch", B))
+        heads = cut("heads", x.shape[2]) if x.ndim > 3 else None
+        wide = lambda a, ndim: jnp.expand_dims(a, range(a.ndim, ndim))  # noqa: E731
         if past.ids is not None:
-            x = jnp.where(jnp.expand_dims(past.ids >= 0, axes), x, 0)
+            x = jnp.where(wide(past.ids >= 0, x.ndim), x, 0)
         memory = self.empty(B, x.dtype) if past.memory is None else past.memory
-        whole = jnp.concatenate([memory, x], axis=1)
-        documents = jnp.zeros((B, T), jnp.int32)
-        if past.ids is not None:
-            documents = jnp.where(past.ids >= 0, count_documents(past.ids), -1)
-        documents = jnp.pad(documents, ((0, 0), (size - 1, 0)))
-        y = 0.0
-        for i in range(size):
-            start = size - 1 - i
-            part = whole[:, start : start + T].astype(taps.dtype)
-            if past.ids is not None and i:
-                same = documents[:, start : start + T] == documents[:, size - 1 :]
-                part = jnp.where(jnp.expand_dims(same, axes), part, 0)
+        # [B, runs, reach + tokens of a run, ...]
+        runs = runs_with_halo(x, memory, heads=heads, **where)
+        documents = None if past.ids is None else _documents(past.ids, reach, where)
+        y, length = 0.0, runs.shape[2] - reach
+        for i in range(reach + 1):
+            here = slice(reach - i, reach - i + length)
+            part = runs[:, :, here].astype(taps.dtype)
+            if documents is not None and i:
+                same = documents[:, :, here] == documents[:, :, reach:]
+                part = jnp.where(wide(same, part.ndim), part, 0)
             y += taps[i] * part
-        y = jax.nn.silu(y).astype(x.dtype)
+        y = jax.nn.silu(y).astype(x.dtype).reshape(x.shape)
         if not past.keep:
             return y, None
-        index = jnp.broadcast_to(past.end(T), (B,))[:, None] + jnp.arange(size - 1)
-        kept = jnp.take_along_axis(whole, jnp.expand_dims(index, axes), axis=1)
-        of = jnp.take_along_axis(documents, index, axis=1)
-        return y, jnp.where(jnp.expand_dims(of == of[:, -1:], axes), kept, 0)
+        index = jnp.broadcast_to(past.end(T), (B,))[:, None] + jnp.arange(-reach, 0)
+        before = jnp.take_along_axis(memory, wide(jnp.clip(index + reach, 0, reach - 1), x.ndim), axis=1)
+        kept = jnp.where(wide(index < 0, x.ndim), before, tokens_at(x, index, heads=heads, **where))
+        if past.ids is None:
+            return y, kept
+        # What came before the row is of its first document.
+        of = count_documents(tokens_at(past.ids, jnp.maximum(index, 0), **where))
+        return y, jnp.where(wide(of == of[:, -1:], x.ndim), kept, 0)
+
+
+def _documents(ids: jax.Array, reach: int, where: dict) -> jax.Array:
+    """Numbers that differ between documents of a run, -1 of padding: [B, runs, reach + tokens] int32.
+
+    The first run begins with document 0, which goes on from the memory.
+    """
+    none = jnp.full((len(ids), reach), -1, ids.dtype)
+    ids = runs_with_halo(ids, none, **where)
+    count = jax.vmap(count_documents, in_axes=1, out_axes=1)(ids)
+    documents = jnp.where(ids >= 0, count, -1)
+    _, runs, tokens = documents.shape
+    memory = (jnp.arange(runs)[:, None] == 0) & (jnp.arange(tokens) < reach)
+    return jnp.where(memory, 0, documents)

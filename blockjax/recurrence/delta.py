@@ -31,6 +31,10 @@ class GDN(Mixer):
     conv: int = 4
     negative: bool = False
 
+    @property
+    def reach(self) -> int:
+        return self.conv - 1
+
     def check(self, sizes: Sizes) -> None:
         self.least(expand=1, conv=2)
 

@@ -54,6 +54,8 @@ class Mixer:
     kind: ClassVar[str]
     by_depth: ClassVar[bool] = False  # whether the layer needs `Past.layer`
     window: ClassVar[int | None] = None  # tokens that see each other directly; None where none do
+    reach: ClassVar[int] = 0  # tokens before its own that a token sees through a convolution
+    serial: ClassVar[bool] = False  # whether a block of tokens must wait for the one before
 
     def check(self, sizes: Sizes) -> None:
         """Raises `UsageError` where the options do not fit the sizes of the model."""

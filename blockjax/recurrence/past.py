@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from blockjax.kernels.linear_attention import linear_attention
-from blockjax.parallel.mesh import cut
+from blockjax.parallel import recurrence
+from blockjax.parallel.layouts import Layout
+from blockjax.parallel.mesh import cut, mesh_axis
 
 
 class Past(NamedTuple):
@@ -22,18 +24,22 @@ class Past(NamedTuple):
         must end a row. None is one document.
       keep: whether the layer is to return its memory after the last token that is not padding.
       layer: index of the layer, possibly traced, where a decay depends on it; else None.
+      layout: in whose order tokens lie, where the mesh cuts sequences; None is that of the sequence.
     """
 
     memory: Any = None
     ids: jax.Array | None = None
     keep: bool = False
     layer: int | jax.Array | None = None
+    layout: Layout | None = None
 
     def end(self, tokens: int) -> int | jax.Array:
         """How many of T tokens are not padding, [B] int32; T without ids."""
         if self.ids is None:
             return tokens
-        return 1 + jnp.max(jnp.where(self.ids >= 0, jnp.arange(tokens), -1), axis=1)
+        index = jnp.arange(tokens)[None]
+        index = index if self.layout is None else self.layout.apply(index)
+        return 1 + jnp.max(jnp.where(self.ids >= 0, index, -1), axis=1)
 
 
 def forget(memory, rows: jax.Array):
@@ -43,11 +49,11 @@ def forget(memory, rows: jax.Array):
 
 
 def linear_recurrence(q, k, v, past: Past, state: jax.Array | None, **options):
-    """`linear_attention` from a state on; every device works on its own rows and heads.
+    """`linear_attention` from a state on; every device works on its own rows, heads and tokens.
 
     Args:
       q, k, v: [B, T, heads, H] as there.
-      past: its ids and `keep`.
+      past: its ids, `keep` and layout.
       state: [B, K, Hk, Hv] float32 before the first token, or None.
       options: `log_decay`, `beta`, `kind`, `scale` of the op.
 
@@ -56,6 +62,10 @@ def linear_recurrence(q, k, v, past: Past, state: jax.Array | None, **options):
     """
     options |= dict(initial_state=state, segment_ids=past.ids, return_state=past.keep)
     batch, heads = cut("batch", v.shape[0]), cut("heads", v.shape[2])
+    if past.layout is not None:
+        where = dict(axis=mesh_axis("time"), layout=past.layout, batch=batch, heads=heads)
+        out = recurrence.linear_attention(q, k, v, **where, **options)
+        return out if past.keep else (out, None)
     if q.shape[2] != v.shape[2]:
         heads = None  # shared queries belong to no device's heads
     if batch is None and heads is None:

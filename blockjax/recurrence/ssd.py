@@ -32,6 +32,10 @@ class SSD(Mixer):
     expand: int = 2
     conv: int = 4
 
+    @property
+    def reach(self) -> int:
+        return self.conv - 1
+
     def check(self, sizes: Sizes) -> None:
         self.least(state=1, expand=1, conv=2)
         if self.expand * sizes.width % sizes.head_dim:

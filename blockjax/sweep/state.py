@@ -8,6 +8,7 @@ import re
 from etils import epath
 
 from blockjax.analysis.plots import series
+from blockjax.analysis.positions import by_position
 from blockjax.errors import UsageError
 from blockjax.sweep.plan import Plan, PlannedRun
 from blockjax.train.checkpoint import complete_steps
@@ -42,6 +43,12 @@ class RunState:
     def bits(self) -> float | None:
         """Final validation bits per byte; None before the end."""
         return series(self.lines, BITS)[1][-1] if self.finished else None
+
+    @property
+    def positions(self) -> dict[int, float]:
+        """Final validation bits per byte by position in the document; empty before the end."""
+        lines = [line for line in self.lines if BITS in line]
+        return by_position(lines[-1]) if self.finished else {}
 
     def describe(self, steps: int) -> str:
         """In words, for one that is to make `steps` updates."""

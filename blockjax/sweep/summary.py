@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import statistics
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from blockjax.analysis.plots import series
+from blockjax.analysis.plots import save, series
+from blockjax.analysis.positions import plot_positions
 from blockjax.analysis.sweep_plots import Curve, plot_sweep
 from blockjax.sweep.plan import Plan, as_text
 from blockjax.sweep.state import BITS, RunState
@@ -95,16 +94,24 @@ def write(plan: Plan, states: Mapping[str, RunState], console: Console) -> epath
     """
     rows, folder = summarise(plan, states), epath.Path(plan.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figure, picture = plot_sweep({row.setting: row.bits for row in rows}, curves(plan, states)), io.BytesIO()
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    (folder / "sweep.png").write_bytes(picture.getvalue())
+    save(plot_sweep({row.setting: row.bits for row in rows}, curves(plan, states)), folder / "sweep.png")
+    if positions := positions_of(plan, states):
+        save(plot_positions(positions), folder / "positions.png")
     (folder / "sweep.json").write_text(json.dumps(as_json(plan, states, rows), indent=2))
     (folder / "sweep.md").write_text(render(plan, states, rows))
     show(rows, console)
     for line in unfinished(plan, states):
         console.print(f"Not finished: {line}", highlight=False, markup=False, soft_wrap=True)
     return folder / "sweep.md"
+
+
+def positions_of(plan: Plan, states: Mapping[str, RunState]) -> dict[str, list[dict[int, float]]]:
+    """Of each setting, bits per byte by position in the document of its finished runs that have them."""
+    found: dict[str, list[dict[int, float]]] = {}
+    for run in plan.runs:
+        if values := states[run.name].positions:
+            found.setdefault(run.setting, []).append(values)
+    return found
 
 
 def curves(plan: Plan, states: Mapping[str, RunState]) -> dict[str, list[Curve]]:
@@ -193,6 +200,7 @@ def as_json(plan: Plan, states: Mapping[str, RunState], rows: list[Row]) -> dict
             "step": states[run.name].step,
             "steps": run.steps,
             "bits_per_byte": plain(states[run.name].bits),
+            "bits_per_byte_from": plain(states[run.name].positions),
         }
         for run in plan.runs
     ]
@@ -211,6 +219,9 @@ def render(plan: Plan, states: Mapping[str, RunState], rows: list[Row]) -> str:
         EXPLANATION,
         "\n".join(["Not finished, and left out of the table:", "", *missing]) if missing else "",
         "![Final bits per byte of every seed, and validation curves](sweep.png)",
+        "![Final bits per byte by position in the document](positions.png)"
+        if positions_of(plan, states)
+        else "",
         _markdown(own),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -58,6 +58,7 @@ NOT_NEGATIVE = (
     "optimizer.z_loss",
     "optimizer.locality_warmup",
     "run.ulysses",
+    "run.repeats",
     "run.eval_every",
     "run.checkpoint_every",
     "run.keep_every",
@@ -127,6 +128,7 @@ def base_config(size: str = "nano") -> ConfigDict:
             run=dict(
                 steps=1000,  # updates, over all starts
                 accumulate=1,  # microbatches a step
+                repeats=0,  # how often each part of model.loop with a * is applied; 0: as it says
                 remat="none",  # or dots, matmuls, full
                 schedule="auto",  # what attention sends over mesh.seq: or ring, token_ring, halo, ...
                 layout="contiguous",  # of a sequence over mesh.seq: or zigzag, striped, balanced
@@ -206,7 +208,9 @@ def small(config: ConfigDict) -> ConfigDict:
 def runlocal(config: ConfigDict) -> ConfigDict:
     """Cuts any config to a run of about a minute on a laptop, same code paths."""
     config = config.copy_and_resolve_references()
-    config.model.update(depth=min(config.model.depth, 4), width=64, heads=4, head_dim=16, ffn=128)
+    if not config.model.loop:  # which says the depth
+        config.model.depth = min(config.model.depth, 4)
+    config.model.update(width=64, heads=4, head_dim=16, ffn=128)
     config.model.update(kv_heads=min(config.model.kv_heads, 2), attention_block=32)
     config.data.update(seq_len=128, batch_size=8)
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 5)
@@ -250,6 +254,8 @@ def check(config: ConfigDict, vocab_size: int = 257) -> TransformerConfig:
     make_schedule(config.optimizer, config.run.steps)
     how = {key: config.run[key] for key in HOW}
     model = TransformerConfig(**config.model, vocab_size=vocab_size, **how, context=config.data.seq_len)
+    if config.run.repeats:
+        model = model.with_repeats(config.run.repeats)
     if config.data.seq_len > LONGEST_ROW:
         raise UsageError(
             f"data.seq_len={config.data.seq_len} is too long: a row has at most {LONGEST_ROW} tokens."
@@ -279,6 +285,11 @@ def check_carry(config: ConfigDict, model: TransformerConfig) -> None:
         )
     if config.run.accumulate > 1:
         raise UsageError(f"data.carry needs run.accumulate=1, not {config.run.accumulate}.")
+    if config.run.repeats:
+        raise UsageError(
+            f"data.carry needs run.repeats=0, not {config.run.repeats}: a layer has a memory for "
+            "each time that it is applied, and their number stays the same; say how often in model.loop."
+        )
     for spec in model.period:
         if spec.mixer is not None and spec.window is not None and c.seq_len % spec.window:
             raise UsageError(

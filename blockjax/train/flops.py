@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 class FlopCounter:
     """FLOPs of a training step, useful and executed.
 
-    Matmuls with weights take 6 FLOPs per parameter and token, attention
+    Matmuls with weights take 6 FLOPs per parameter and token, each time that they are applied, attention
     3.5 * 4 * N * H per pair of a query and a key (forward, and a backward that
     recomputes the scores), recurrence 3 times its forward pass. *Useful* counts
     pairs that are visible, within documents and windows, and states that are
@@ -41,7 +41,7 @@ class FlopCounter:
 
     def __init__(self, config: TransformerConfig, seq_len: int):
         self._config, self._seq_len = config, seq_len
-        self._per_token = 6.0 * config.num_params(embedding=False)
+        self._per_token = 6.0 * config.num_params(embedding=False, applied=True)
         self._per_pair = 3.5 * 4 * config.heads * config.head_dim
         works = [spec.mixer.work(config) for spec in config.layers() if spec.mixer is not None]
         self._recurrence = 3 * sum(work.useful for work in works)

@@ -225,10 +225,11 @@ def describe(
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     kinds = list(dict.fromkeys(str(spec) for spec in m.layers()))
     sees = ", ".join(kinds) if len(kinds) <= 4 else f"{kinds[0]} to {kinds[-1]}"
+    own = f" ({m.distinct} with weights of their own)" if m.loop else ""
     devices = f"{mesh.size} x {jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     return (
         f"jax {jax.__version__} on {devices}.\n"
-        f"Model: {m.num_params():,} parameters, {m.depth} layers of width {m.width}, "
+        f"Model: {m.num_params():,} parameters, {m.depth} layers{own} of width {m.width}, "
         f"{sees}, {m.residual}, {m.dtype}.\n"
         f"Data: {corpus.name} ({corpus.digest[:12]}), tokenizer {tokenizer.name}, "
         f"{c.batch_size} {c.order} sequences of {c.seq_len} tokens a step."

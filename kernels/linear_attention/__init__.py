@@ -3,5 +3,6 @@
 from blockjax.kernels.linear_attention.api import linear_attention
 from blockjax.kernels.linear_attention.passes import RESIDUAL
 from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec
+from blockjax.kernels.linear_attention.xla import summary
 
-__all__ = ["RESIDUAL", "Inputs", "Options", "Spec", "linear_attention"]
+__all__ = ["RESIDUAL", "Inputs", "Options", "Spec", "linear_attention", "summary"]

@@ -10,6 +10,7 @@ import numpy as np
 from blockjax.kernels.checking import Result
 from blockjax.kernels.checking import measure as measure_call
 from blockjax.kernels.linear_attention.api import linear_attention
+from blockjax.kernels.linear_attention.spec import DECAYS
 
 NAMES = "o", "state", "dq", "dk", "dv", "dstate", "dg", "dbeta"
 """Outputs and gradients; the last two where there are such arguments."""
@@ -49,8 +50,8 @@ class Backend(NamedTuple):
 
 
 CHECKED = {
-    "tpu": Backend("xla", "bfloat16", ("none", "head", "token")),
-    "xla": Backend("reference", "float32", ("none", "head", "token", "channel")),
+    "tpu": Backend("xla", "bfloat16", DECAYS),
+    "xla": Backend("reference", "float32", DECAYS),
 }
 
 

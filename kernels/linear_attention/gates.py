@@ -35,9 +35,7 @@ class Rows(NamedTuple):
         """Tokens are padded with no decay."""
         B, T, K = inputs.k.shape[:3]
         g = jnp.zeros(()) if inputs.log_decay is None else inputs.log_decay
-        g = jnp.broadcast_to(g, (B, T, K))
-        if inputs.documents is not None:
-            g = jnp.where(starts(inputs.documents)[..., None], START, g)
+        g = with_starts(inputs, jnp.broadcast_to(g, (B, T, K)))
         g, beta = (None if x is None else cut(x, chunks, C) for x in (g, inputs.beta))
         after = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, 1)))[..., 1:]
         leave = jnp.exp(jax.lax.cumsum(after, 3, reverse=True))
@@ -61,11 +59,18 @@ def starts(documents: jax.Array) -> jax.Array:
     return documents != jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
 
 
+def with_starts(inputs: Inputs, log_decay: jax.Array, start: float = START) -> jax.Array:
+    """Log-decays [B, T, K] or [B, T, K, Hk], or gradients of them; `start` where a document starts."""
+    if inputs.documents is None:
+        return log_decay
+    at = starts(inputs.documents)
+    return jnp.where(at.reshape(*at.shape, *(1,) * (log_decay.ndim - 2)), start, log_decay)
+
+
 def gradient(inputs: Inputs, sums: jax.Array) -> jax.Array | None:
     """That of log_decay, for the gradients of G, [B, K, chunks, C]."""
     if inputs.log_decay is None:
         return None
     dlog = whole(jax.lax.cumsum(sums, 3, reverse=True), inputs.k.shape[1])
-    if inputs.documents is not None:
-        dlog = jnp.where(starts(inputs.documents)[..., None], 0, dlog)
+    dlog = with_starts(inputs, dlog, 0.0)
     return dlog.sum((0, 1)) if form(inputs.log_decay) == "head" else dlog

@@ -10,6 +10,7 @@ from blockjax.analysis.plots import (
     plot_learning_rate,
     plot_locality,
     plot_loss,
+    plot_phases,
     plot_token_weights,
     series,
     smooth,
@@ -186,3 +187,15 @@ def assert_inside(figure):
     for ax in figure.axes:
         box = ax.get_tightbbox()
         assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1
+
+
+def test_phases_are_framed_and_cover_the_diagonal():
+    x = np.linspace(1, -0.2, 6)
+    figure = plot_phases(x[np.abs(np.subtract.outer(np.arange(6), np.arange(6)))], [0, 1, 4])
+    figure.canvas.draw()
+    ax = figure.axes[0]
+    frames = [patch.get_bbox().bounds for patch in ax.patches]
+    assert frames == [(-0.5, -0.5, 1, 1), (0.5, 0.5, 3, 3), (3.5, 3.5, 2, 2)]
+    assert ax.images[0].get_clim() == (pytest.approx(-0.2), 1)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == list("012345")
+    plt.close(figure)

@@ -30,7 +30,6 @@ def test_a_notebook_is_what_its_script_generates(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_notebook_runs(script, tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKJAX_STEPS", "2")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time
     monkeypatch.delenv("XLA_FLAGS")  # one device, as where it is read
     notebook = nbformat.read(script.with_suffix(".ipynb"), 4)
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})

@@ -139,6 +139,9 @@ def test_a_python_without_its_sources_is_told_what_to_do(tmp_path, monkeypatch):
 MISTAKES = {
     "missing file": ("gone.txt", {}, "there is no file or folder .*gone.txt"),
     "glob": ("*.nope", {}, r"no file matches .*\*.nope"),
+    "long name": ("x" * 300, {}, "x cannot be reached: File name too long"),
+    "unknown user": ("~nobody-of-this-name/x", {}, "there is no file or folder .*~nobody-of-this-name/x"),
+    "unprintable": ("a\0b", {}, "cannot be reached"),
     "empty folder": ("folder", {"folder/x.bin": b"1"}, r"holds no file that ends in .txt, .md"),
     "empty files": ("a.txt", {"a.txt": b""}, r"the corpus a\.txt is empty: 1 files"),
     "not utf-8": ("a.txt", {"a.txt": b"ab\xff"}, r"a.txt is not UTF-8 text \(byte 2\)"),
@@ -163,7 +166,11 @@ def test_mistakes_get_one_sentence(tmp_path, source, files, message):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UsageError, match=message) as error:
-        open_corpus(source if ":" in source else str(tmp_path / source), tmp_path / "data", quiet=True)
+        open_corpus(
+            source if source[0] == "~" or ":" in source else str(tmp_path / source),
+            tmp_path / "data",
+            quiet=True,
+        )
     assert "\n" not in str(error.value)
 
 

@@ -19,9 +19,6 @@ pytestmark = pytest.mark.usefixtures("dense_attention")
 DEPTH, T = 3, 12
 SUBLAYERS = 2 * DEPTH
 
-# Half the time to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @pytest.fixture(autouse=True)
 def float64():
@@ -52,13 +49,13 @@ def batch():
 
 def logits(graph, params, forward=lambda model, tokens: model(tokens)):
     tokens, _ = batch()
-    return np.asarray(jit(lambda params: forward(nnx.merge(graph, params), tokens))(params))
+    return np.asarray(jax.jit(lambda params: forward(nnx.merge(graph, params), tokens))(params))
 
 
 def logits_and_gradients(graph, params, forward=lambda model, tokens: model(tokens)):
     tokens, cotangent = batch()
 
-    @jit
+    @jax.jit
     def run(params):
         def loss(params):
             logits = forward(nnx.merge(graph, params), tokens)
@@ -111,7 +108,7 @@ def test_a_model_starts_there(residual):
     """Random queries, as published code has them, would start elsewhere."""
     tokens, _ = batch()
 
-    @jit
+    @jax.jit
     def fresh():
         models = (
             Transformer(config_of(rule, depth=1, pattern="6"), rngs=nnx.Rngs(0))
@@ -204,7 +201,7 @@ def test_an_absent_running_sum_takes_no_weight():
     graph, params = params_of(config_of("block_attn_res:size=3"))
     tokens, _ = batch()
 
-    @jit
+    @jax.jit
     def weights(params):
         model = nnx.merge(graph, params)
         return model.inspect(tokens).depth_weights, attn_res(model, tokens, absent_is_zero=True)[1]
@@ -250,7 +247,7 @@ def test_weights_of_every_token(residual):
     graph, params = params_of(config)
     tokens, _ = batch()
 
-    @jit
+    @jax.jit
     def weights(params):
         model = nnx.merge(graph, params)
         return model.inspect(tokens).depth_weights, oracle(residual)(model, tokens)[1]
@@ -268,7 +265,7 @@ def test_weights_of_every_token(residual):
 def test_one_source_is_read_exactly_and_its_query_learns_nothing():
     graph, params = params_of(config_of("block_attn_res:size=2"))
     tokens, _ = batch()
-    found = jit(lambda params: nnx.merge(graph, params).inspect(tokens).depth_weights)(params)
+    found = jax.jit(lambda params: nnx.merge(graph, params).inspect(tokens).depth_weights)(params)
     np.testing.assert_array_equal(found[0, 0], 1.0)
     _, gradients = logits_and_gradients(graph, params)
     learns = np.any(gradients["depth"]["query"], axis=1)

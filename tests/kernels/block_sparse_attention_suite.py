@@ -111,7 +111,6 @@ MASKS = {
 }
 
 
-@pytest.mark.usefixtures("quick_compiles")
 class AttentionSuite:
     implementation: ClassVar[str]
     shapes: ClassVar = dict(H=8, Hv=8, dtype="float32")

@@ -109,7 +109,6 @@ def exhaustive_but(*kept):
     return decorate
 
 
-@pytest.mark.usefixtures("quick_compiles")
 class DepthMixSuite:
     implementation: ClassVar[str]
 

@@ -253,7 +253,7 @@ class TestHopper(AttentionSuite):
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
-    def quick_compiles(cls):
+    def several_tiles(cls):
         """What is compiled is what users run, as in large calls: a CTA serves several tiles."""
         with waves(0):
             yield

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from blockjax.kernels.linear_attention import Spec, linear_attention, tpu
+from blockjax.kernels.linear_attention.api import choose
 from blockjax.kernels.platforms import Target
 from jax.experimental.pallas import tpu as pltpu
 
@@ -30,19 +31,20 @@ def interpreted(monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 class TestTpu(LinearAttentionSuite):
     implementation = "tpu"
-    forms = tuple((kind, decay) for kind in ("decay", "delta") for decay in ("none", "head", "token"))
-    few = (("decay", "token"), ("delta", "token"))
+    few = (("decay", "token"), ("delta", "token"), ("delta", "channel"))
+    shortest = 16
     # No TPU multiplies float64.
     test_float64 = test_finite_differences = None
 
 
-def test_no_races_and_nothing_read_before_it_is_written(monkeypatch):
+@pytest.mark.parametrize(("kind", "decay"), [("decay", "token"), ("delta", "channel")])
+def test_no_races_and_nothing_read_before_it_is_written(kind, decay, monkeypatch):
     """With memory simulated that nobody has initialized; the last chunk is ragged."""
     simulated = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     monkeypatch.setattr(tpu, "INTERPRET", simulated)
-    args = make(N=4, K=2, Hv=12)
+    args = make(kind=kind, decay=decay, N=4, K=2, Hv=12)
     found, expected = (
-        run(name, args, cotangents_of(args), IDS, kind="decay", chunk_size=chunk)
+        run(name, args, cotangents_of(args), IDS, kind=kind, chunk_size=chunk)
         for name, chunk in (("tpu", 16), ("reference", None))
     )
     assert_close(found, expected)
@@ -62,7 +64,12 @@ def spec(**changes):
         (dict(target=Target("cpu", "cpu")), "runs on TPUs, not on cpu"),
         (dict(T=1), "16 tokens or more, not 1"),
         (dict(dtype=jnp.dtype("float16")), "for bfloat16 and float32, not float16"),
-        (dict(decay="channel"), "one decay a token, not one a channel"),
+        (dict(kind="delta", decay="channel"), None),
+        (dict(decay="channel", Hk=256, Hv=512, N=8, K=4), None),
+        (
+            dict(decay="channel", Hk=1024, Hv=2048, N=8, K=8),
+            r"need \d+\.\d MiB of vector memory, of 56, in chunks of 64",
+        ),
         (dict(Hk=72), "multiples of 64, not Hk=72, Hv=128"),
         (dict(chunk=512), "of 16 to 256 tokens, not 512"),
         (dict(Hk=1024, Hv=2048, N=8, K=8), r"need \d+\.\d MiB of vector memory, of 56, in chunks of 128"),
@@ -71,6 +78,11 @@ def spec(**changes):
 def test_refuses_before_compilation_with_the_numbers(changes, reason):
     said = tpu.supports(spec(**changes))
     assert said is None if reason is None else re.search(reason, said)
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
+def test_serves_by_default(decay):
+    assert choose(spec(kind="delta", decay=decay)) == "tpu"
 
 
 # What is compiled: (kind, decay, B, T, N, K, Hk, Hv, dtype, documents, state, chunk).
@@ -85,6 +97,13 @@ COMPILED = [
     ("delta", "none", 1, 300, 4, 2, 64, 128, "float32", False, False, 32),
     ("delta", "head", 2, 512, 6, 6, 256, 512, "bfloat16", False, True, 128),
     ("delta", "token", 1, 200, 4, 2, 64, 128, "bfloat16", True, True, None),
+    ("delta", "channel", 1, 200, 4, 2, 64, 128, "bfloat16", True, True, None),
+    ("delta", "channel", 1, 8192, 16, 16, 128, 128, "bfloat16", True, True, None),
+    ("delta", "channel", 1, 300, 4, 2, 128, 64, "float32", False, False, 32),
+    ("delta", "channel", 2, 512, 6, 6, 256, 512, "bfloat16", False, True, 128),
+    ("decay", "channel", 1, 300, 3, 3, 64, 64, "bfloat16", True, True, None),
+    ("decay", "channel", 1, 1024, 6, 6, 64, 128, "float32", False, True, 256),
+    ("decay", "channel", 1, 40, 4, 1, 192, 128, "bfloat16", True, True, 16),
 ]
 
 
@@ -115,7 +134,7 @@ def compile_one(kind, decay, B, T, N, K, Hk, Hv, dtype, documents, state, chunk,
     jax.jit(both).lower(args, ids).compile()
 
 
-# Each chip compiles the decay rule, and the delta rule the two that one can spare.
-@on_each_chip(len(COMPILED), few=dict(v5e=[0], v5p=[1, 7], v6e=[2, 9]))
+# Each chip compiles the decay rule, and the delta rule and decays a channel those that one can spare.
+@on_each_chip(len(COMPILED), few=dict(v5e=[0, 10], v5p=[1, 7, 14], v6e=[2, 9, 16]))
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_linear_attention_tpu", chip, cases)

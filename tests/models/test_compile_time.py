@@ -43,7 +43,7 @@ def test_program_does_not_grow_with_depth(options):
     assert lines[0] == lines[1] > 100
 
 
-@pytest.mark.parametrize("case", ["full", "depth_blocks"])
+@pytest.mark.parametrize("case", ["full", pytest.param("depth_blocks", marks=pytest.mark.exhaustive)])
 def test_48_layers_compile_in_at_most_1_3_times_the_time_of_12(case):
     """Forward and backward, traced and compiled. CPU time: other processes do not count."""
 

@@ -21,9 +21,6 @@ IDS = np.repeat([[0, 4, 5, -1, 2, 3]], 2, 0).repeat([5, 30, 2, 3, 31, 6], axis=1
 IDS[1] = [0] * 60 + [1] * 17
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 def mesh_of(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 

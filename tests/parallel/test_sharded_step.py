@@ -19,9 +19,6 @@ from tests.cases import sampled
 from tests.hlo import collectives
 from tests.models.tiny import random_params, tiny_config
 
-# Half the time to compile.
-FAST = {"xla_backend_optimization_level": 0}
-
 # T appears in no parameter, so that an activation is known by its shape.
 B, T = 16, 48
 CONFIG = tiny_config(vocab_size=64, depth=4, width=32, ffn=40, pattern="20")
@@ -34,6 +31,8 @@ BLOCKS = dataclasses.replace(
     residual="block_attn_res:size=6",
     context=T,
 )
+# A layer that is applied three times, told which time it is.
+LOOP = dataclasses.replace(CONFIG, loop="1,1*3")
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(fsdp=8),
@@ -84,7 +83,7 @@ def step(name, config=CONFIG, meshed=True):
         params = jax.device_put(params, places)
         data = jax.device_put(batch(), NamedSharding(mesh, partition_spec(("batch", "time"))))
         lowered = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places)).lower(params, data)
-        compiled = lowered.compile(FAST)
+        compiled = lowered.compile()
         value, grads = compiled(params, data)
         return float(value), jax.device_get(grads), compiled.as_text()
 
@@ -96,8 +95,8 @@ def test_a_seed_makes_the_same_weight_on_every_mesh():
     np.testing.assert_allclose(jax.jit(make, out_shardings=place)(), make(), rtol=1e-5, atol=1e-6)
 
 
-# Meshes whose axes others have as well, two at a time.
-ALIKE = "data", "fsdp", "tensor_fsdp", "seq_data"
+# Meshes whose axes others have as well.
+ALIKE = "data", "fsdp", "tensor_fsdp", "seq_data", "seq_ulysses"
 
 
 def some(names):
@@ -115,6 +114,7 @@ def some(names):
             "data_fsdp_tensor", BLOCKS, id="depth_blocks_and_segments", marks=pytest.mark.exhaustive
         ),
         pytest.param("seq_striped", BLOCKS, id="seq_depth_blocks_and_segments"),
+        pytest.param("data_fsdp", LOOP, id="data_fsdp_loop"),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(name, config):

@@ -25,13 +25,11 @@ class Pod(Topology):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
+def attention_by_reference():
     """Programs compile for seconds and run for milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "BACKENDS", {"reference": reference})
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -63,6 +61,7 @@ def python():
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         environment = os.environ | dict(XLA_FLAGS="", JAX_ENABLE_COMPILATION_CACHE="false", COLUMNS="140")
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"
         return subprocess.run(
             [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
         )

@@ -36,7 +36,7 @@ def test_vocabulary(tiny, pod):
         plan_job(tiny, pod, dict(data=8), 0)
 
 
-def test_memory_of_a_step(tiny, pod, quick_compilation):
+def test_memory_of_a_step(tiny, pod, attention_by_reference):
     job = plan_job(tiny, pod, dict(data=2, fsdp=4))
     memory, count = compile_job(job).memory, job.model.num_params()
     gains = job.model.width * (2 * job.model.depth + 1) + 2 * job.model.head_dim * job.model.depth

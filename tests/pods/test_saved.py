@@ -18,7 +18,7 @@ MESH = dict(data=2, fsdp=2, tensor=2)
 
 
 @pytest.fixture(scope="module")
-def compiled(pod, quick_compilation):
+def compiled(pod, attention_by_reference):
     """Compiled anew: a program for CPUs that came from JAX's cache cannot be written again (jax 0.12)."""
     job, folder = plan_job(small_config(), pod, MESH), jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)

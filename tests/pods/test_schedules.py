@@ -57,8 +57,9 @@ def test_gradients_of_gathered_keys_are_scattered_as_such_on_tpus(python):
     assert sum(map(float, sent.values())) == pytest.approx(2 * 4096 * 4 * 128 * 4 * 3 / 4, rel=0.02)
 
 
-# The backward takes minutes to compile.
-@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+# The backward takes minutes to compile, the forward one.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backward", [False, True])
 def test_transfers_hide_behind_kernels(python, backward):
     done = python("-c", f"BACKWARD = {backward}\n{SETUP}{HIDDEN}")
     kernels = [int(n) for n in done.stdout.split()]

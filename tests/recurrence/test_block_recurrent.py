@@ -14,9 +14,6 @@ from blockjax.parameters import apply_rope, rope_table
 from blockjax.recurrence import BlockRecurrent, Past, forget
 from tests.models.tiny import tiny_config
 
-# Half the time to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 W, S, T, B = 4, 3, 14, 2
 CONFIG = tiny_config(attention_block=4)
 CELLS = {"fixed": "skip", "lstm": "dual", "lstm_single": "single"}
@@ -42,7 +39,7 @@ def inputs(seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, CONFIG.width)), jnp.float32)
 
 
-@functools.partial(jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def run(graph, params, x, ids=None, memory=None, keep=True):
     return nnx.merge(graph, params)(x, Past(memory, ids, keep))
 
@@ -139,7 +136,7 @@ def test_outputs_and_gradients_of_a_loop_over_blocks(gate, cell):
         return jnp.sum(weights * y), jnp.where(real, y, 0)
 
     found, expected = (
-        jit(jax.value_and_grad(f, (0, 1), has_aux=True))(params, inputs()) for f in (ours, naive)
+        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(params, inputs()) for f in (ours, naive)
     )
     np.testing.assert_allclose(found[0][1], expected[0][1], rtol=2e-4, atol=2e-5)
     for (path, a), e in zip(

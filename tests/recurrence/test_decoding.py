@@ -13,15 +13,13 @@ from blockjax.generate.cache import cache_size
 from blockjax.generate.sampler import Sampling
 from tests.models.tiny import random_model, tiny_config
 
-# Half the time to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 LENGTHS = np.array([1, 5, 9], np.int32)
 STEPS = 9
 TOTAL = 9 + STEPS
 HYBRIDS = {
     "linear": dict(pattern="lightning,ssd:state=6,5", depth=4, residual="block_attn_res:size=3"),
     "delta": dict(pattern="gdn,kda:conv=3", depth=3),
+    "loop": dict(pattern="gdn,4", depth=4, loop="2*2"),
     "states": dict(pattern="brt:window=4/states=3/gate=lstm,full", depth=2),
 }
 
@@ -34,13 +32,13 @@ def test_a_token_at_a_time_is_the_whole(case):
     sizes = [cache_size(spec, TOTAL, None) for spec in model.config.layers()]
     prompts = jnp.asarray(np.where(np.arange(9) < LENGTHS[:, None], tokens[:, :9], 9))
 
-    @jit
+    @jax.jit
     def start(params):
         model = nnx.merge(graph, params)
         whole = model(tokens)
         return whole, *prefill(model, list(model.layers()), prompts, jnp.asarray(LENGTHS), sizes)
 
-    @jit
+    @jax.jit
     def step(params, token, positions, memory):
         model = nnx.merge(graph, params)
         return decode(model, list(model.layers()), token, positions, memory)

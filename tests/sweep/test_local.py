@@ -77,7 +77,6 @@ def stop_and_continue(root: pathlib.Path) -> list[tuple]:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "GO": str(root / "go"),
     }
     command = [sys.executable, "experiments/sweep.py", "--config=config.py", "--sweep=out", "--jobs=2"]

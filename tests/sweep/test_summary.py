@@ -87,6 +87,22 @@ def test_what_is_not_finished_is_named_and_left_out(plan, make_run, written, tmp
     assert "window-8-seed1, step 6 of 12" in written()[0]
 
 
+def test_bits_by_position_of_finished_runs(plan, make_run, written):
+    make_run("full-seed0", {12: 2.0})
+    make_run("window-8-seed0", {6: 2.5})
+    folder = epath.Path(plan.folder)
+    assert "positions.png" not in written()[0] and not (folder / "positions.png").exists()
+    for name in ("full-seed0", "window-8-seed0"):
+        line = {"step": 12, "val/bits_per_byte": 2.0}
+        line |= {"val/bits_per_byte_from/0000": 3.0, "val/bits_per_byte_from/0064": 1.0}
+        with (folder / name / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+    text, numbers, _ = written()
+    assert "(positions.png)" in text and (folder / "positions.png").exists()
+    assert numbers["runs"][0]["bits_per_byte_from"] == {"0": 3.0, "64": 1.0}
+    assert numbers["runs"][2]["bits_per_byte_from"] == {}  # no checkpoint of step 12
+
+
 def test_differences_are_taken_over_common_seeds(plan, make_run):
     make_run("full-seed0", {12: 2.0})
     make_run("window-8-seed0", {12: 1.5})

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 
 import jax
@@ -11,17 +10,6 @@ import pytest
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import loop
 from blockjax.train.config import base_config
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_compilation():
-    """Programs here compile for seconds and run for milliseconds; subprocesses too."""
-    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    before, os.environ[name] = os.environ.get(name, "0"), "1"
-    jax.config.update(name.lower(), True)
-    yield
-    os.environ[name] = before
-    jax.config.update(name.lower(), before == "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
 """Recurrent layers that go on from step to step: what they remember, where it is cut, and a resumed run."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
+from blockjax.data.index import TokenIndex
+from blockjax.data.orders import StreamedEvaluation
 from blockjax.errors import UsageError
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import config as configs
@@ -75,6 +79,7 @@ def test_a_step_goes_on_where_the_one_before_ended_but_for_rows_that_start_a_doc
 def two_groups(monkeypatch):
     """Positions 0 .. 7 and those after them."""
     monkeypatch.setattr(steps, "FIRST_EDGE", T)
+    monkeypatch.setattr(loop, "FIRST_EDGE", T)
 
 
 @pytest.mark.usefixtures("two_groups")
@@ -107,6 +112,41 @@ def test_evaluation_goes_on_where_the_batch_before_ended():
     np.testing.assert_allclose(sums["nats"], [nats(second, 1), nats(whole, 0)], rtol=1e-4)
     np.testing.assert_allclose(alone["nats"], [nats(second, 1), nats(second, 0)], rtol=1e-4)
     assert none is None and abs(alone["nats"][1] - sums["nats"][1]) > 1e-3
+
+
+@pytest.mark.usefixtures("two_groups")
+def test_an_evaluation_along_streams_is_that_of_whole_documents():
+    """By position in the document: rows go on in documents, end in them, hold several, and are padded."""
+    lengths, rng = np.array([21, 3, 30, 12, 2, 17]), np.random.default_rng(0)
+    ends = np.cumsum(lengths)
+    text, sizes = rng.integers(0, 23, ends[-1]).astype(np.uint16), rng.integers(3, 9, len(lengths)) * lengths
+    index = TokenIndex("made up", text, np.array([0, *ends]), sizes, boundary=23)
+    evaluation = StreamedEvaluation(index, batch_size=2, seq_len=T)
+    model = random_model(tiny_config(pattern="gdn,lightning"))
+    graph, params = nnx.split(model)
+    state = init_state(model, optax.sgd(0.0), carried=2)
+    trained = jax.tree.map(lambda x: x + 1, state.memory)  # of other documents
+    state = dataclasses.replace(state, memory=trained)
+    run_eval = jax.jit(make_eval_step(graph, evaluation.longest))
+    batches = [evaluation.batch(k) for k in range(len(evaluation))]
+    assert len(batches) == 6 and not (batches[2]["starts"][:, 0] & batches[3]["starts"][:, 0]).any()
+    found = loop.evaluate(run_eval, state, batches)
+
+    documents = np.full((len(lengths), evaluation.longest + 1), 23)
+    for row, part in zip(documents, np.split(text, ends), strict=False):
+        row[1 : len(part) + 1] = part
+    logits = np.float64(jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, documents[:, :-1]))
+    picked = np.take_along_axis(logits, documents[:, 1:, None], axis=2)[..., 0]
+    nats = np.log(np.exp(logits).sum(-1)) - picked
+    place = np.arange(evaluation.longest)
+    real = place <= lengths[:, None]
+    per_token = sizes.sum() / real.sum() * np.log(2)
+    expected = {"val/bits_per_byte": nats[real].mean() / per_token}
+    for begin, end in ((0, T), (T, 2 * T), (2 * T, 4 * T)):
+        inside = real & (place >= begin) & (place < end)
+        expected[f"val/bits_per_byte_from/{begin:02}"] = nats[inside].mean() / per_token
+    by_position = {key: x for key, x in found.items() if key.startswith("val/bits_per_byte")}
+    assert by_position == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_resumed_within_a_document_is_the_one_that_was_not_stopped(carrying, one_device, tmp_path):

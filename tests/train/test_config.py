@@ -75,6 +75,8 @@ def test_every_preset_passes_as_it_is_and_as_runlocal(size):
         (dict(seed=-1), ["seed=-1"]),
         (dict(model__heads=6, model__kv_heads=4), ["heads=6", "kv_heads=4"]),
         (dict(model__depth=0), ["model.depth=0", "at least 1"]),
+        (dict(model__depth=10_001), ["model.depth=10001", "at most 10000"]),
+        (dict(model__pattern="8*9999,full*2"), ["8*9999", "more than 10000 layers"]),
         (dict(model__pattern="512,ful"), ["'ful'", "'512*3,full'"]),
     ],
     ids=str,

@@ -67,3 +67,16 @@ def test_executed_follows_a_locality_that_moves():
     counter, dense = FlopCounter(config, 64), FlopCounter(dataclasses.replace(CONFIG, pattern="full"), 64)
     assert counter.executed(64, np.zeros(3)) == dense.executed(64) > 2 * counter.executed(64)
     assert counter.executed(64) == counter.executed(64, np.ones(3))
+
+
+def test_layers_of_a_loop_count_each_time():
+    """As many FLOPs as the untied model, but for three gains each time; the pairs of every time."""
+    config = dataclasses.replace(CONFIG, depth=5, pattern="3", loop="1,2*2")
+    untied = dataclasses.replace(config, loop="")
+    looped, plain = FlopCounter(config, T), FlopCounter(untied, T)
+    gains = 6 * T * 4 * 3 * 4  # four layers
+    assert looped.useful(T, 7.0) == plain.useful(T, 7.0) + gains
+    assert looped.executed(T) == plain.executed(T) + gains
+    positions = np.arange(T)[None]
+    pairs = [float(random_model(c).visible_pairs(positions, positions)) for c in (config, untied)]
+    assert pairs[0] == pairs[1] > 0

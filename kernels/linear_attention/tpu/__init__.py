@@ -4,18 +4,22 @@ The backward pass first walks over the states again, writing the one before each
 chunk to the first with the gradients of states. Of the delta rule the inverses are kept for it, else nothing.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention import gates
-from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec
+from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec, form
 
 INTERPRET = None
 """True, or `pltpu.InterpretParams`, to run the kernels on CPU: for tests."""
 
-CHUNKS = {"decay": 128, "delta": 64}
-"""Tokens of a chunk: inverting a matrix of 128 takes more products than all that follows."""
+CHUNKS = {"decay": 128, "delta": 64, "channel": 64}
+"""Tokens of a chunk by kind, or by form of the decays: inverting a matrix of 128 takes more products than all
+that follows, and of decays a channel a chunk has log2 C products where others have one.
+"""
 LANES, SUBLANES, ROWS = 128, 8, 16
 HEADS = 8
 """States a grid step, at most: their products do not wait for each other."""
@@ -29,16 +33,14 @@ def supports(spec: Spec) -> str | None:
         return f"it runs on TPUs, not on {spec.target.device_kind}"
     if spec.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernels are for bfloat16 and float32, not {spec.dtype}"
-    if spec.decay == "channel":
-        return "its kernels are for one decay a token, not one a channel"
     if spec.T < ROWS:
         return f"its kernels are for {ROWS} tokens or more, not {spec.T}"
-    C = spec.chunk or CHUNKS[spec.kind]
+    C = chunk_of(spec.kind, spec.decay, spec.chunk)
     if not ROWS <= C <= gates.LONGEST:
         return f"its chunks are of {ROWS} to {gates.LONGEST} tokens, not {C}"
     if (spec.Hk % 64 or spec.Hv % 64) and INTERPRET is None:
         return f"head sizes must be multiples of 64, not Hk={spec.Hk}, Hv={spec.Hv}"
-    sizes = Sizes(spec.kind, C, spec.N // spec.K, spec.K, spec.Hk, spec.Hv, jnp.dtype(spec.dtype))
+    sizes = Sizes(spec.kind, spec.decay, C, spec.N // spec.K, spec.K, spec.Hk, spec.Hv, jnp.dtype(spec.dtype))
     if sizes.heads is None:
         needed = sizes.vector_memory(sizes.allowed[0])
         return (
@@ -48,11 +50,17 @@ def supports(spec: Spec) -> str | None:
     return None
 
 
+def chunk_of(kind: str, decay: str, asked: int | None = None) -> int:
+    """Tokens of a chunk."""
+    return asked or CHUNKS.get(decay, CHUNKS[kind])
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is static about all kernels of a call."""
 
     kind: str
+    decay: str
     C: int
     G: int
     K: int
@@ -83,6 +91,10 @@ class Sizes:
         states = heads * self.Hk * -(-self.Hv // LANES) * LANES
         tokens += (self.kind == "delta") * heads * self.C * max(self.C, LANES) * self.dtype.itemsize
         temporaries = 4 * self.C * (4 * self.C + 4 * (self.Hk + self.Hv)) * min(heads, 2)
+        if self.decay == "channel":
+            # Log-decays and their gradients; the factors of each level of the tree, and keys times them.
+            tokens += self.C * 2 * k * 4
+            temporaries += self.C.bit_length() * self.C * self.Hk * (4 + 4) * min(heads, 2)
         return 2 * tokens + states * (2 * self.dtype.itemsize + 5 * 4) + temporaries
 
 
@@ -92,10 +104,10 @@ def forward_pass(inputs: Inputs, options: Options):
     q, k, v = launch.tokens(inputs.q, inputs.k, inputs.v)
     inverses = None
     if options.kind == "delta":
-        (inverses,) = launch("inverse", (k, launch.rows), (launch.inverses,))
+        (inverses,) = launch("inverse", (k, launch.gates), (launch.inverses,))
     o, state = launch(
         "forward",
-        (q, k, v, launch.rows, inverses, inputs.state),
+        (q, k, v, launch.gates, inverses, inputs.state),
         (launch.per_token(inputs.q.shape[2], launch.sizes.Hv), launch.state),
     )
     return (launch.whole(o, launch.sizes.Hv), state), inverses
@@ -105,24 +117,39 @@ def backward_pass(inputs: Inputs, inverses, do, dstate, options: Options) -> Inp
     launch = _Launch(inputs, options)
     sizes, N = launch.sizes, inputs.q.shape[2]
     q, k, v, do = launch.tokens(inputs.q, inputs.k, inputs.v, do)
-    (states,) = launch("states", (k, v, launch.rows, inverses, inputs.state), (launch.states,))
-    dq, dk, dv, sums, first = launch(
+    (states,) = launch("states", (k, v, launch.gates, inverses, inputs.state), (launch.states,))
+    dq, dk, dv, dgates, first = launch(
         "backward",
-        (q, k, v, do, launch.rows, inverses, states, dstate),
+        (q, k, v, do, launch.gates, inverses, states, dstate),
         (
             launch.per_token(N, sizes.Hk),
             launch.per_token(sizes.K, sizes.Hk),
             launch.per_token(sizes.K, sizes.Hv),
-            launch.sums,
+            launch.dgates,
             launch.state,
         ),
         reverse=True,
     )
     dq, dk, dv = (launch.whole(x, H) for x, H in ((dq, sizes.Hk), (dk, sizes.Hk), (dv, sizes.Hv)))
-    dG, dbeta = launch.unpacked(sums)
-    dlog = gates.gradient(inputs, dG)
-    dbeta = None if dbeta is None else gates.whole(dbeta, launch.T)
+    parts = [] if dgates.rows is None else launch.unpacked(dgates.rows)
+    dbeta = gates.whole(parts.pop(), launch.T) if sizes.kind == "delta" else None
+    if sizes.decay == "channel":
+        dlog = gates.with_starts(inputs, launch.whole(dgates.log_decay, sizes.Hk), 0.0)
+    else:
+        dlog = gates.gradient(inputs, parts.pop())
     return Inputs(dq, dk, dv, dlog, dbeta, None, None if inputs.state is None else first)
+
+
+class Gates(NamedTuple):
+    """What kernels take of decays and beta, or their gradients; None for what a call has not.
+
+    Attributes:
+      rows: [B, groups, chunks, parts * heads and more, C] float32, numbers per token.
+      log_decay: [B, chunks * C, K * Hk] float32, decays a channel.
+    """
+
+    rows: Any
+    log_decay: Any
 
 
 class _Launch:
@@ -130,11 +157,18 @@ class _Launch:
 
     def __init__(self, inputs: Inputs, options: Options):
         self.B, self.T, self.K, Hk = inputs.k.shape
-        C, G = options.chunk or CHUNKS[options.kind], inputs.q.shape[2] // self.K
-        self.sizes = Sizes(options.kind, C, G, self.K, Hk, inputs.v.shape[-1], inputs.q.dtype)
+        decay, G = form(inputs.log_decay), inputs.q.shape[2] // self.K
+        C = chunk_of(options.kind, decay, options.chunk)
+        self.sizes = Sizes(options.kind, decay, C, G, self.K, Hk, inputs.v.shape[-1], inputs.q.dtype)
         self.heads, self.chunks, self.scale = self.sizes.heads, -(-self.T // C), options.scale
         self.manual = jax.typeof(inputs.q).manual_axis_type
-        self.rows = self.packed(gates.Rows.of(inputs, self.chunks, C))
+        if decay == "channel":
+            (log_decay,) = self.tokens(gates.with_starts(inputs, inputs.log_decay))
+            beta = inputs.beta
+            beta = None if beta is None else self.packed([gates.cut(beta, self.chunks, C)])
+            self.gates = Gates(beta, log_decay)
+        else:
+            self.gates = Gates(self.packed(gates.Rows.of(inputs, self.chunks, C)), None)
 
     def tokens(self, *arrays: jax.Array) -> list[jax.Array]:
         """[B, T, N, H] as [B, chunks * C, N * H]: heads side by side, as they lie in memory."""
@@ -145,22 +179,21 @@ class _Launch:
     def whole(self, x: jax.Array, H: int) -> jax.Array:
         return x[:, : self.T].reshape(self.B, self.T, -1, H)
 
-    def packed(self, rows: gates.Rows) -> jax.Array:
-        """[B, groups, chunks, parts * heads and more, C]: what `kernels.Gates` takes apart."""
+    def packed(self, rows: Iterable[jax.Array | None]) -> jax.Array:
+        """[B, groups, chunks, parts * heads and more, C]: what `decays.Chunk` takes apart."""
         x = jnp.stack([part for part in rows if part is not None], axis=2)  # [B, K, parts, chunks, C]
         x = x.reshape(self.B, -1, self.heads, *x.shape[2:]).transpose(0, 1, 4, 3, 2, 5)
         x = x.reshape(*x.shape[:3], -1, self.sizes.C)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % SUBLANES), (0, 0)))
 
-    def unpacked(self, sums: jax.Array) -> list[jax.Array | None]:
-        """[B, groups, chunks, 2 * heads and more, C] as two of [B, K, chunks, C]; None for no second."""
-        parts = sums.shape[3] // self.heads
-        x = sums[:, :, :, : parts * self.heads].reshape(*sums.shape[:3], parts, self.heads, -1)
-        x = x.transpose(3, 0, 1, 4, 2, 5).reshape(parts, self.B, self.K, self.chunks, self.sizes.C)
-        return [x[0], x[1] if self.sizes.kind == "delta" else None]
+    def unpacked(self, rows: jax.Array) -> list[jax.Array]:
+        """Of [B, groups, chunks, heads * parts and more, C] the parts, each [B, K, chunks, C]."""
+        x = rows[:, :, :, : self.heads * self.parts]
+        x = x.reshape(*x.shape[:3], self.heads, self.parts, -1).transpose(4, 0, 1, 3, 2, 5)
+        return [*x.reshape(self.parts, self.B, self.K, self.chunks, self.sizes.C)]
 
-    def per_token(self, n: int, H: int) -> jax.ShapeDtypeStruct:
-        return self.array(self.B, self.chunks * self.sizes.C, n * H, dtype=self.sizes.dtype)
+    def per_token(self, n: int, H: int, dtype=None) -> jax.ShapeDtypeStruct:
+        return self.array(self.B, self.chunks * self.sizes.C, n * H, dtype=dtype or self.sizes.dtype)
 
     @property
     def state(self) -> jax.ShapeDtypeStruct:
@@ -178,11 +211,20 @@ class _Launch:
         return self.array(*shape, dtype=self.sizes.dtype)
 
     @property
-    def sums(self) -> jax.ShapeDtypeStruct:
-        """The gradients of running sums, and of beta for the delta rule."""
-        rows = self.heads * (2 if self.sizes.kind == "delta" else 1)
-        groups, rows = self.K // self.heads, -(-rows // SUBLANES) * SUBLANES
-        return self.array(self.B, groups, self.chunks, rows, self.sizes.C, dtype=jnp.float32)
+    def parts(self) -> int:
+        """Gradients that are a number a token: of the running sum of decays a token, and of beta."""
+        return (self.sizes.decay != "channel") + (self.sizes.kind == "delta")
+
+    @property
+    def dgates(self) -> Gates:
+        rows = log_decay = None
+        if self.sizes.decay == "channel":
+            log_decay = self.per_token(self.K, self.sizes.Hk, jnp.float32)
+        if self.parts:
+            count = -(-self.heads * self.parts // SUBLANES) * SUBLANES
+            shape = self.B, self.K // self.heads, self.chunks, count, self.sizes.C
+            rows = self.array(*shape, dtype=jnp.float32)
+        return Gates(rows, log_decay)
 
     def array(self, *shape: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.manual)
@@ -205,7 +247,7 @@ class _Launch:
             heads = x.shape[1] * self.heads // self.K
             return pl.BlockSpec((1, heads, 1, *x.shape[3:]), lambda b, h, c: (b, h, at(c), 0, 0))
 
-        tree = jax.tree.structure((arrays, out), is_leaf=lambda x: x is None)
+        outs, tree = jax.tree.structure(out), jax.tree.structure((arrays, out), is_leaf=lambda x: x is None)
         given = [x is not None for x in jax.tree.leaves((arrays, out), is_leaf=lambda x: x is None)]
 
         def body(*refs):
@@ -215,15 +257,17 @@ class _Launch:
             call = kernels.Call(sizes.G, self.heads, sizes.Hk, sizes.Hv, self.scale)
             getattr(kernels, kernel)(call, *arrays, *out, scratch)
 
-        arrays = [x for x in arrays if x is not None]
+        arrays, out = jax.tree.leaves(arrays), jax.tree.leaves(out)
         products = dict(inverse=12, forward=6, states=3, backward=14)[kernel] * sizes.G
+        if sizes.decay == "channel":
+            products += dict(inverse=3, forward=1, states=0, backward=3)[kernel] * sizes.C.bit_length()
         tokens = self.B * self.chunks * sizes.C * self.K
         run = pl.pallas_call(
             body,
             grid=(self.B, self.K // self.heads, self.chunks),
             in_specs=[spec(x) for x in arrays],
             out_specs=[spec(x) for x in out],
-            out_shape=list(out),
+            out_shape=out,
             scratch_shapes=[pltpu.VMEM((self.heads, sizes.Hk, sizes.Hv), jnp.float32)],
             compiler_params=pltpu.CompilerParams(
                 vmem_limit_bytes=VECTOR_MEMORY, dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -236,4 +280,4 @@ class _Launch:
             interpret=INTERPRET or False,
             name=f"linear_attention_{kernel}",
         )
-        return run(*arrays)
+        return jax.tree.unflatten(outs, run(*arrays))

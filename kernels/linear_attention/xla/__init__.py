@@ -11,8 +11,6 @@ from blockjax.kernels.linear_attention.xla.chunks import Chunks
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
-from blockjax.affine import Affine
-
 CHUNK = 64
 SPAN = 1024
 """Tokens of a span, at most: the backward pass recomputes the states within."""
@@ -51,37 +49,6 @@ def backward_pass(inputs: Inputs, entries, do, dstate, options: Options) -> Inpu
         xs = cut.chunks(inputs), entries, cut.cut(do, heads=inputs.k.shape[2])
         dstate, gradients = lax.scan(span, dstate[:, :, None], xs, reverse=True)
     return cut.gradients(inputs, gradients, dstate[:, :, 0])
-
-
-def summary(inputs: Inputs, options: Options) -> Affine:
-    """The map of the state that all tokens together are, of the delta rule: of the state, and of a basis."""
-    cut, Hk = Cut.of(inputs, options), inputs.k.shape[-1]
-
-    def span(state, x):
-        _, steps, _ = chunks.steps_of(x)
-        seen = jnp.pad(steps.seen, [(0, 0)] * 5 + [(0, Hk)])
-        return chunks.walk(steps._replace(seen=seen), state)[0], None
-
-    with precision(inputs.q.dtype):
-        state = jnp.zeros_like(cut.state(inputs))
-        basis = jnp.broadcast_to(jnp.eye(Hk, dtype=state.dtype), (*state.shape[:-1], Hk))
-        state, _ = lax.scan(span, jnp.concatenate([state, basis], -1), cut.chunks(inputs))
-    return Affine(state[:, :, 0, :, -Hk:], state[:, :, 0, :, :-Hk])
-
-
-def summary_back(inputs: Inputs, do, options: Options) -> jax.Array:
-    """The gradient of the state before all tokens, if nothing depends on the one after them."""
-    cut = Cut.of(inputs, options)
-
-    def span(dstate, xs):
-        x, do = xs
-        decays, _, T = chunks.steps_of(x)
-        back, _ = chunks.steps_back(x, do, decays, T)
-        return chunks.walk(back, dstate, reverse=True)[0], None
-
-    with precision(inputs.q.dtype):
-        xs = cut.chunks(inputs), cut.cut(do, heads=inputs.k.shape[2])
-        return lax.scan(span, jnp.zeros_like(cut.state(inputs)), xs, reverse=True)[0][:, :, 0]
 
 
 def precision(dtype):
