@@ -7,7 +7,6 @@ carries a copy out at once (`eager`) or when it is waited for (`on_wait`). Gradi
 import functools
 import itertools
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,8 @@ from blockjax.parallel.layouts import LAYOUTS
 from experiments import tpu_schedule
 from tests.compiling import compile_elsewhere
 from tests.kernels.block_sparse_attention_suite import random_blocks
-from tests.parallel.test_attention import compare, dense_backward, make, mesh_of
+from tests.parallel.dense import DENSE
+from tests.parallel.test_attention import compare, make, mesh_of
 
 EXHAUSTIVE = pytest.mark.exhaustive
 MODES = "eager", "on_wait"
@@ -37,8 +37,7 @@ BLOCKS = dict(bq=BLOCK, bk=BLOCK)
 @pytest.fixture
 def interpreted(monkeypatch, capfd):
     """`interpreted(mode)`: from then on kernels are; a semaphore left above zero fails the test."""
-    dense = types.SimpleNamespace(**vars(reference) | dict(backward_pass=dense_backward))
-    monkeypatch.setattr(api, "BACKENDS", {"dense": dense, "tpu": tpu, "reference": reference})
+    monkeypatch.setattr(api, "BACKENDS", {"dense": DENSE, "tpu": tpu, "reference": reference})
     monkeypatch.setattr(layout, "TILES", dict.fromkeys(layout.TILES, Tiles(*[(128, 256)] * 3)))
     monkeypatch.setattr(walk, "UNROLLED", 1)
 

@@ -321,7 +321,7 @@ def examine_corpus(case, folder: pathlib.Path) -> bool:
     return corpus is not None
 
 
-@sizes(15, 700)
+@sizes(40, 700)
 def test_corpora(count, tmp_path):
     accepted = []
     search(count, random_corpora())(lambda case: accepted.append(examine_corpus(case, tmp_path)))
