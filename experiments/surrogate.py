@@ -13,12 +13,11 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 from absl import flags
 from flax import nnx
 
 from blockjax import cli, data
-from blockjax.analysis.plots import plot_phases
+from blockjax.analysis.plots import plot_phases, save
 from blockjax.recurrence.phases import forcing
 from blockjax.train import loop, surrogate
 from blockjax.train.config import base_config, small
@@ -49,9 +48,7 @@ def main() -> None:
         fixed = data.Loader(evaluation, place, stop=len(evaluation))
         some = [fixed.batch(k) for k in range(min(BATCHES.value, len(evaluation)))]
         found = surrogate.find_phases(run.model, some, PHASES.value)
-        figure = plot_phases(1 - found.weights, found.starts)
-        figure.savefig(folder / "similarity.png", dpi=120)
-        plt.close(figure)
+        save(plot_phases(1 - found.weights, found.starts), folder / "similarity.png")
         model = surrogate.start(run.model, found.starts)
         print(f"Phases start at layers {found.starts}: model.loop={model.config.loop!r}.")
         rows = [("teacher", run.model), ("copies", model)]

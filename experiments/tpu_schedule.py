@@ -129,7 +129,7 @@ def compiler_environment(chip: str, flags: str = "") -> dict[str, str]:
         os.environ
         | libtpu.variables(library, chip)
         | dict(JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false", LIBTPU_INIT_ARGS=flags)
-        | dict(JAX_DISABLE_MOST_OPTIMIZATIONS="false")
+        | dict(JAX_DISABLE_MOST_OPTIMIZATIONS="false")  # which tests set for the CPU
     )
 
 
