@@ -34,7 +34,7 @@ train:
 test:
 	$(INSTALL)
 	$(LIBTPU)
-	@$(PYTHON) -m pytest -n 2 -m "$(TESTS)" $(ARGS)
+	@$(PYTHON) -m pytest -n 2 --dist=worksteal -m "$(TESTS)" $(ARGS)
 
 test-all:
 	@$(MAKE) --no-print-directory test TESTS=

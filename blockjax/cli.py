@@ -11,6 +11,7 @@ from absl import app, flags
 
 from blockjax.arguments import typed
 from blockjax.errors import UsageError, nearest
+from blockjax.train import hosts
 from blockjax.train.config import ConfigDict, flatten, load_config
 from blockjax.train.display import quiet
 from blockjax.train.endings import Diverged, Hung, Preempted
@@ -33,7 +34,10 @@ def ending(main: Callable[[], None]) -> None:
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (Preempted, Hung, Diverged) as end:
+    except Hung as end:
+        print(end, file=sys.stderr)
+        hosts.leave(end.exit_code)
+    except (Preempted, Diverged) as end:
         print(end, file=sys.stderr)
         sys.exit(end.exit_code)
     except KeyboardInterrupt:

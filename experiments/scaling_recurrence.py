@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kind", nargs="+", choices=("decay", "delta"), default=["decay", "delta"])
     parser.add_argument("--implementation", help="a backend by name; default the one that the op chooses")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--calls", type=int, default=2, help="a round")
+    parser.add_argument("--calls", type=int, default=8, help="a round")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args(argv)
 

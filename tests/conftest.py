@@ -3,6 +3,7 @@
 With BLOCKJAX_TEST_PLATFORM=cuda the GPUs instead, for the tests marked `gpu`.
 """
 
+import fnmatch
 import os
 import pathlib
 
@@ -37,6 +38,15 @@ def pytest_configure():
         kind = jax.devices()[0].device_kind
         if not hopper.HOPPER.search(kind):
             raise pytest.UsageError(f"BLOCKJAX_TEST_PLATFORM=cuda needs a Hopper GPU, not {kind}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `sample`, cases whose id fits none of its patterns are `exhaustive`."""
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in sample.args):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_runtest_setup(item):

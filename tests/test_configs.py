@@ -14,7 +14,6 @@ from blockjax.analysis import report
 from blockjax.train import loop
 from blockjax.train.config import load_config
 from blockjax.train.metrics import read_metrics
-from tests.cases import sampled
 
 pytestmark = pytest.mark.usefixtures("dense_attention")
 
@@ -40,14 +39,10 @@ def data_dir(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arg"),
-    sampled(
-        [(name, arg) for name in CONFIGS for arg in ARGUMENTS.get(name, [""])],
-        lambda name, arg: (
-            name in ("quickstart", "depth", "recurrence") and arg == ARGUMENTS.get(name, [""])[0]
-        ),
-    ),
+    [(name, arg) for name in CONFIGS for arg in ARGUMENTS.get(name, [""])],
     ids=str,
 )
+@pytest.mark.exhaustive
 def test_a_config_trains_and_reports(name, arg, data_dir, tmp_path):
     config = load_config(f"{ROOT}/configs/{name}.py:{','.join(filter(None, [arg, 'runlocal']))}")
     config.run.data_dir = str(data_dir)

@@ -1,6 +1,7 @@
 """`linear_attention` with the sequence shared out over a mesh axis: affine maps of the state, composed.
 
-Each device summarises its run of tokens as a map of the state: `kernels/linear_attention/xla/summary.py`.
+Each device summarises its run of tokens as a map of the state: `kernels/linear_attention/xla/summary.py`, or
+what its backend has in that place.
 What all runs before it do is a scan of the monoid `blockjax.affine` over devices, in log P rounds (Hillis and
 Steele 1986) in which each sends one map; then every device calls the op on the state that enters its run.
 Gradients of states take the same way back. Nothing grows with the number of devices.
@@ -197,6 +198,17 @@ class _Static:
         return lax.psum(jnp.where(lax.axis_index(self.axis) == place, x, 0), self.axis)
 
 
+def _summary(backend):
+    """The backend's own way to summarise a run, or that of XLA."""
+    return getattr(backend, "summary", summary)
+
+
+def _summaries(found) -> tuple[list, list[dict]]:
+    """Those of all runs, and what the passes of these take in addition."""
+    summaries, added = zip(*found, strict=True)
+    return list(summaries), [{} if x is None else {"added": x} for x in added]
+
+
 def _shard(static: _Static, mesh, rows, inputs: Inputs):
     batch, axis, heads = rows
     per_head = None if inputs.log_decay is None or inputs.log_decay.ndim > 1 else P(heads)
@@ -226,13 +238,13 @@ def _forward(static: _Static, whole: Inputs):
     pieces = static.inputs(whole)
     backend, options = static.select(pieces[0])
     if static.devices * len(pieces) == 1:
-        maps, states = [None], [whole.state]
+        maps, states, known = [None], [whole.state], [{}]
     else:
-        maps = [summary.forward(x, options) for x in pieces]
+        maps, known = _summaries(_summary(backend).forward(x, options) for x in pieces)
         first = jnp.zeros_like(maps[0].N) if whole.state is None else whole.state
         states = static.entries(maps, static.pieces, first)
     pieces = [x._replace(state=state) for x, state in zip(pieces, states, strict=True)]
-    runs = [backend.forward_pass(x, options) for x in pieces]
+    runs = [backend.forward_pass(x, options, **more) for x, more in zip(pieces, known, strict=True)]
     o = jnp.concatenate([o for (o, _), _ in runs], axis=1)
     (_, last), _ = runs[-1]
     kept = (
@@ -251,16 +263,16 @@ def _backward(static: _Static, kept, cotangents):
     backend, options = static.select(pieces[0])
     dlast, do = static.tell(dlast[0], static.last), static.cut(do)
     if Ms[0] is None:
-        dstates = [dlast]
+        dstates, known = [dlast], [{}]
     else:
-        backs = [
-            Affine(M, state).back(summary.backward(x, d, options))
-            for M, state, x, d in zip(Ms, states, pieces, do, strict=True)
-        ]
+        summaries = (_summary(backend).backward(x, d, options) for x, d in zip(pieces, do, strict=True))
+        own, known = _summaries(summaries)
+        backs = [Affine(M, S).back(N) for M, S, N in zip(Ms, states, own, strict=True)]
         directions = [-direction for direction in static.pieces[::-1]]
         dstates = static.entries(backs[::-1], directions, dlast)[::-1]
     parts = [
-        backend.backward_pass(*arrays, options) for arrays in zip(pieces, residuals, do, dstates, strict=True)
+        backend.backward_pass(*arrays, options, **more)
+        for *arrays, more in zip(pieces, residuals, do, dstates, known, strict=True)
     ]
     shared = whole.log_decay is not None and whole.log_decay.ndim == 1
 

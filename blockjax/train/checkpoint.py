@@ -202,14 +202,17 @@ class Checkpoints:
     def _newest(self, like: dict, below: str = "") -> tuple[dict, int] | None:
         self.skipped = []
         self._saved = None
-        for step in hosts.of_first(lambda: steps_in(self._folder)):
+        with self._watch("the search for checkpoints"):
+            steps = hosts.of_first(lambda: steps_in(self._folder))
+        for step in steps:
             reason, tree = "", None
-            try:
-                with self._watch(f"the reading of checkpoint {step}"):
+            with self._watch(f"the reading of checkpoint {step}"):
+                try:
                     tree = self._read(step, like, below)
-            except Damaged as error:
-                reason = str(error)
-            if hosts.agree(not reason):
+                except Damaged as error:
+                    reason = str(error)
+                usable = hosts.agree(not reason)
+            if usable:
                 return tree, step
             self.skipped.append(Skipped(step, reason or "another process could not read it"))
         complete, writing = self._read_journal()

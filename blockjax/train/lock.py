@@ -64,6 +64,7 @@ def held(folder: RunFolder) -> Iterator[None]:
                 )
             except OSError as error:
                 refusal = f"{folder.local / NAME} cannot be written: {error}."
+        hosts.barrier("the run folder is locked")
         if not hosts.agree(not refusal):
             raise UsageError(refusal or f"Another job trains in {folder.path}.")
         yield

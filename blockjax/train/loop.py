@@ -9,6 +9,7 @@ sequence of losses bit for bit. What ends it before: `train.endings`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -65,7 +66,9 @@ def train(
         be written.
       Preempted: SIGTERM or SIGINT (Ctrl-C, a notebook's stop button) came during the steps; all is saved.
       Diverged: `run.max_skipped` steps in a row had no finite loss and gradient.
+      Hung: another process did not come to where all wait for each other.
     """
+    hosts.introduce()
     configs.check(config)
     mesh = make_mesh(config.mesh)
     configs.check_mesh(config, mesh)
@@ -179,8 +182,12 @@ def evaluate(
     """
     # Rows of the first batch start documents, and so forget what training remembers.
     sums, memory = [], state.memory
-    for number, batch in enumerate(batches):
+    batches = iter(batches)
+    for number in itertools.count():
         with watch(f"evaluation batch {number}"):
+            batch = next(batches, None)
+            if batch is None:
+                break
             found, memory = run_eval(state.params, state.step, batch, memory)
             sums.append(jax.device_get(found))
     nats_at, tokens_at, num_bytes = (

@@ -19,7 +19,7 @@ from blockjax.train import hosts
 from blockjax.train.endings import Hung
 
 POLLS = 20  # looks at the clock within a limit
-GATHER_SECONDS = 2.0  # for other processes to say where they hang
+MAX_POLL_SECONDS = 1.0  # less than others are waited for: those that hang together are all to say so
 
 
 class Watchdog:
@@ -62,7 +62,6 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._limit:
-            hosts.introduce()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -73,7 +72,7 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(self._limit / POLLS, 10.0)):
+        while not self._closed.wait(min(self._limit / POLLS, MAX_POLL_SECONDS)):
             if place := self.late():
                 self._end(place)
                 return
@@ -109,7 +108,7 @@ class Watchdog:
         try:
             hosts.publish_place(place)
             # The service that holds the places ends with process 0.
-            time.sleep(GATHER_SECONDS * (3 if jax.process_index() == 0 else 1))
+            time.sleep(hosts.GATHER_SECONDS * (3 if jax.process_index() == 0 else 1))
             names, places = hosts.hostnames(), hosts.places()
         except Exception as error:  # the process that gathers them may be gone
             return [f"Where the others are is not known ({type(error).__name__})."]

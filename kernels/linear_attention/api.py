@@ -11,11 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from blockjax.errors import UsageError
 
-BACKENDS = {"tpu": tpu, "xla": xla, "reference": reference, "hopper": hopper}
-"""Fastest first: `implementation=None` takes the first that supports the call.
-
-`hopper` serves by name only: a GPU has not confirmed it for decays a token or documents at Hk 64 and Hv 128.
-"""
+BACKENDS = {"hopper": hopper, "tpu": tpu, "xla": xla, "reference": reference}
+"""Fastest first: `implementation=None` takes the first that supports the call."""
 
 
 def linear_attention(

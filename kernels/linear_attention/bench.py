@@ -27,26 +27,37 @@ def _distance(a, b):
 
 @dataclass(frozen=True)
 class Case:
-    """One shape with N heads of H channels; `decay` is "none", "head" or "token"."""
+    """One shape with N heads of H channels; `decay` is "none", "head" or "token", the latter for delta."""
 
     B: int
     T: int
     N: int
     H: int
     decay: str = "head"
+    kind: str = "decay"
     dtype: str = "bfloat16"
     peers: tuple[str, ...] = ("jla", "fla")
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Those of tokens, sorted."""
+        given = dict(beta=self.kind == "delta", log_decay=self.decay == "token")
+        return tuple(name for name, there in given.items() if there)
 
     def arrays(self) -> Arrays:
         *keys, key = jax.random.split(jax.random.key(0), 5)
         shape = self.B, self.T, self.N, self.H
-        tensors = (jax.random.normal(key, shape, self.dtype) for key in keys)
+        q, k, v, do = (jax.random.normal(key, shape, self.dtype) for key in keys)
         # The slopes of Lightning Attention-2 in the first layer, and as much for each token on average.
         slopes = 2.0 ** (-8 * (jnp.arange(self.N) + 1) / self.N)
-        decays = dict(none=None, head=-slopes)
+        fixed = dict(log_decay=-slopes) if self.decay == "head" else {}
+        gates = {}
         if self.decay == "token":
-            decays["token"] = -slopes * jax.random.exponential(key, shape[:3])
-        return Arrays(*tensors, decays[self.decay])
+            gates["log_decay"] = -slopes * jax.random.exponential(key, shape[:3])
+        if self.kind == "delta":
+            k = (k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True)).astype(self.dtype)
+            gates["beta"] = jax.random.uniform(key, shape[:3])
+        return Arrays(self.kind, q, k, v, do, fixed, gates)
 
     def runners(self, implementation: str | None) -> dict[str, Runner]:
         arrays = self.arrays()
@@ -63,8 +74,9 @@ class Case:
     def check(self, name: str, ours: Runner, peer: Runner) -> None:
         """Raises if op and peer do not compute the same: their times would mean nothing."""
         tolerance = 1e-3 if self.dtype == "float32" else 2e-2
-        pairs = zip(ours.arrays(ours.both()), peer.arrays(peer.both()), strict=True)
-        for what, (a, b) in zip(("o", "dq", "dk", "dv", "dlog_decay"), pairs, strict=False):
+        names = "o", "dq", "dk", "dv", *(f"d{gate}" for gate in self.gates)
+        results = ours.arrays(ours.both()), peer.arrays(peer.both())
+        for what, a, b in zip(names, *results, strict=True):
             error = _distance(a, b)
             if not error <= tolerance:
                 raise AssertionError(f"{self}: {what} differs from that of {name} by {error:.1e}.")
@@ -72,8 +84,8 @@ class Case:
     def bytes(self) -> tuple[int, int]:
         """Forward, and forward + backward."""
         tensor = self.B * self.T * self.N * self.H * jnp.dtype(self.dtype).itemsize
-        decays = self.B * self.T * self.N * 4 * (self.decay == "token")
-        return 4 * tensor + decays, 11 * tensor + 3 * decays
+        gates = self.B * self.T * self.N * 4 * len(self.gates)
+        return 4 * tensor + gates, 11 * tensor + 3 * gates
 
 
 _gpu = functools.partial(Case, B=1, N=16, H=128)
@@ -82,6 +94,7 @@ CASES = {
     "cpu": {
         "head": Case(B=1, T=2048, N=4, H=64, dtype="float32", peers=("xla",)),
         "token": Case(B=1, T=2048, N=4, H=64, decay="token", dtype="float32", peers=("xla",)),
+        "delta": Case(B=1, T=512, N=4, H=64, decay="token", kind="delta", dtype="float32", peers=("xla",)),
     },
     "gpu": {
         **{f"head-{name}": _gpu(T=T) for name, T in LENGTHS.items()},
@@ -89,6 +102,7 @@ CASES = {
         "head-batch": _gpu(B=4, T=4096),
         "token-32k": _gpu(T=32768, decay="token"),
         "none-32k": _gpu(T=32768, decay="none"),
+        "delta-32k": _gpu(T=32768, decay="token", kind="delta", peers=("jla",)),
     },
 }
 """By platform."""

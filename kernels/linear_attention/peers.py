@@ -11,24 +11,22 @@ from blockjax.kernels.linear_attention.api import linear_attention
 
 
 class Arrays(NamedTuple):
-    """q, k, v, do [B, T, K, H]; log_decay None, [K] or [B, T, K] float32."""
+    """q, k, v, do [B, T, K, H]; gates by name, float32: `fixed` ones [K], and those of tokens [B, T, K]."""
 
+    kind: str
     q: Any
     k: Any
     v: Any
     do: Any
-    log_decay: Any
-
-    @property
-    def a_token(self) -> bool:
-        return self.log_decay is not None and self.log_decay.ndim == 3
+    fixed: dict[str, Any]
+    gates: dict[str, Any]
 
 
 class Runner(NamedTuple):
     """Calls that start work: `forward()` for o and `both()` for (o, gradients).
 
-    Gradients are those of q, k, v, and of a decay that is given for each token. `wait` takes what either
-    returned, and `arrays` makes it arrays of JAX.
+    Gradients are those of q, k, v, and of the gates of tokens in the order of their names. `wait` takes what
+    either returned, and `arrays` makes it arrays of JAX.
     """
 
     forward: Callable[[], Any]
@@ -38,51 +36,61 @@ class Runner(NamedTuple):
 
 
 def jax_runner(attend: Callable, arrays: Arrays) -> Runner:
-    """Of `attend(q, k, v, log_decay)`, compiled."""
+    """Of `attend(q, k, v, **gates)`, compiled."""
+    _, *tensors, do, fixed, gates = arrays
 
-    def both(q, k, v, do, log_decay):
-        if arrays.a_token:
-            o, pullback = jax.vjp(attend, q, k, v, log_decay)
-        else:
-            o, pullback = jax.vjp(lambda *x: attend(*x, log_decay), q, k, v)
+    @jax.jit
+    def forward(tensors, gates, fixed):
+        return attend(*tensors, **gates, **fixed)
+
+    @jax.jit
+    def both(tensors, gates, fixed, do):
+        o, pullback = jax.vjp(lambda x, gates: attend(*x, **gates, **fixed), tensors, gates)
         return o, pullback(do)
 
-    forward = jax.jit(lambda q, k, v, do, log_decay: attend(q, k, v, log_decay))
-    both = jax.jit(both)
-    return Runner(lambda: forward(*arrays), lambda: both(*arrays), jax.block_until_ready, jax.tree.leaves)
+    return Runner(
+        lambda: forward(tensors, gates, fixed),
+        lambda: both(tensors, gates, fixed, do),
+        jax.block_until_ready,
+        jax.tree.leaves,
+    )
 
 
 def ours(arrays: Arrays, implementation: str | None = None) -> Runner:
-    def attend(q, k, v, log_decay):
-        return linear_attention(q, k, v, log_decay=log_decay, implementation=implementation)
-
-    return jax_runner(attend, arrays)
+    op = functools.partial(linear_attention, kind=arrays.kind, implementation=implementation)
+    return jax_runner(op, arrays)
 
 
 def jla(arrays: Arrays) -> Runner:
-    """`simple_gla` of jax-linear-attention (Mosaic GPU), which takes a decay for each token."""
+    """`simple_gla` or `gated_deltanet` of jax-linear-attention (Mosaic GPU), with a decay for each token."""
     from jla.ops import linear_attention as attention
 
-    def attend(q, k, v, log_decay):
+    variant = dict(decay="simple_gla", delta="gated_deltanet")[arrays.kind]
+
+    def attend(q, k, v, log_decay=None, **gates):
         decay = jnp.zeros(()) if log_decay is None else log_decay
-        return attention("simple_gla", q, k, v, g=jnp.broadcast_to(decay, q.shape[:3]), impl="mosaic_gpu")[0]
+        decay = jnp.broadcast_to(decay, q.shape[:3])
+        return attention(variant, q, k, v, g=decay, **gates, impl="mosaic_gpu")[0]
 
     return jax_runner(attend, arrays)
 
 
 def fla(arrays: Arrays) -> Runner:
-    """`chunk_simple_gla` of flash-linear-attention (Triton): `chunk_lightning_attn` with any decays."""
+    """`chunk_simple_gla` of flash-linear-attention (Triton): `chunk_lightning_attn` with any decays.
+
+    Not its delta rule: fla-core 0.6.0 refuses that on Hopper with Triton 3.4 and newer.
+    """
     import torch
     from fla.ops.simple_gla import chunk_simple_gla
 
-    q, k, v, do = (torch.from_dlpack(x) for x in arrays[:4])
+    q, k, v, do = map(torch.from_dlpack, (arrays.q, arrays.k, arrays.v, arrays.do))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     decay = {}
-    if arrays.log_decay is not None:
-        g = torch.from_dlpack(arrays.log_decay)
-        if arrays.a_token:
-            inputs.append(g.requires_grad_())
-        decay = dict(g=g) if arrays.a_token else dict(g_gamma=g)
+    if "log_decay" in arrays.fixed:
+        decay["g_gamma"] = torch.from_dlpack(arrays.fixed["log_decay"])
+    if "log_decay" in arrays.gates:
+        decay["g"] = torch.from_dlpack(arrays.gates["log_decay"]).requires_grad_()
+        inputs.append(decay["g"])
 
     def call():
         return chunk_simple_gla(q, k, v, **decay)[0]

@@ -28,6 +28,7 @@ def test_a_notebook_is_what_its_script_generates(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.exhaustive
 def test_a_notebook_runs(script, tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKJAX_STEPS", "2")
     monkeypatch.delenv("XLA_FLAGS")  # one device, as where it is read

@@ -47,6 +47,7 @@ def compiled(function, mesh, *args, specs):
 
 
 @pytest.mark.parametrize("residual", ["block_attn_res:size=3,heads=2", "delta_block:size=2"])
+@pytest.mark.sample("delta_block*")
 def test_cut_sequences_mix_in_silence(residual):
     params, x = arrays()
 

@@ -78,11 +78,13 @@ def prenorm():
 
 
 @pytest.mark.parametrize("size", range(1, SUBLAYERS + 1))
+@pytest.mark.sample("1", "5")
 def test_zero_queries_give_the_logits_of_the_prenorm_model(size):
     close(logits(*params_of(config_of(f"block_attn_res:size={size}"), zero="query")), prenorm()[0])
 
 
 @pytest.mark.parametrize("residual", ["attn_res", "block_attn_res:size=4", "block_attn_res:blocks=2,heads=4"])
+@pytest.mark.sample("block_attn_res:blocks=2,heads=4")
 def test_zero_queries_give_its_gradients_too(residual):
     found, gradients = logits_and_gradients(*params_of(config_of(residual), zero="query"))
     del gradients["depth"]
@@ -90,6 +92,7 @@ def test_zero_queries_give_its_gradients_too(residual):
 
 
 @pytest.mark.parametrize("residual", ["delta", "delta_block:size=4,heads=2"])
+@pytest.mark.sample("delta_block*")
 def test_closed_gates_are_the_prenorm_model(residual):
     found, gradients = logits_and_gradients(*params_of(config_of(residual), zero="gate"))
     assert np.any(gradients["depth"]["gate"]), "a gate that gets no gradient never opens"
@@ -104,6 +107,7 @@ def test_closed_gates_leave_every_bit():
 
 
 @pytest.mark.parametrize("residual", ["attn_res", "delta"])
+@pytest.mark.sample("attn_res")
 def test_a_model_starts_there(residual):
     """Random queries, as published code has them, would start elsewhere."""
     tokens, _ = batch()
@@ -178,12 +182,14 @@ def oracle(residual):
 
 
 @pytest.mark.parametrize("residual", ["attn_res:heads=2", "block_attn_res:size=2", "delta:heads=4"])
+@pytest.mark.sample("block_attn_res:size=2")
 def test_logits_of_a_loop_over_sublayers(residual):
     model = params_of(config_of(residual))
     close(logits(*model), logits(*model, lambda *args: oracle(residual)(*args)[0]), 1e-11)
 
 
 @pytest.mark.parametrize("residual", ["block_attn_res:size=4,heads=4", "delta_block:size=4,heads=2"])
+@pytest.mark.sample("block_attn_res*")
 def test_logits_and_gradients_of_a_loop_over_sublayers(residual):
     model = params_of(config_of(residual))
     expected = logits_and_gradients(*model, lambda *args: oracle(residual)(*args)[0])
@@ -214,6 +220,7 @@ def test_an_absent_running_sum_takes_no_weight():
 
 
 @pytest.mark.parametrize("residual", ["block_attn_res:size=4", "delta_block:size=4,heads=2"])
+@pytest.mark.sample("delta_block*")
 def test_scanned_and_unrolled_layers_agree(residual):
     """Of the second block one layer is left: it has no scan, but is in the program of both."""
     scanned, unrolled = (config_of(residual, pattern="6", stack=stack) for stack in ("scan", "unroll"))
@@ -222,6 +229,7 @@ def test_scanned_and_unrolled_layers_agree(residual):
 
 
 @pytest.mark.parametrize("stack", ["scan", "unroll"])
+@pytest.mark.sample("scan")
 def test_what_a_block_reads_is_not_kept_but_read_again(stack):
     """Beside the sources, remat keeps as much as for the pre-norm model: the running sum of each layer."""
     options = dict(pattern="6", depth=4, stack=stack)
@@ -242,6 +250,7 @@ def test_what_a_block_reads_is_not_kept_but_read_again(stack):
 @pytest.mark.parametrize(
     "residual", ["block_attn_res:size=3", "block_attn_res:size=4,heads=4", "delta_block:size=4"]
 )
+@pytest.mark.sample("block_attn_res:size=4,heads=4")
 def test_weights_of_every_token(residual):
     config = config_of(residual)
     graph, params = params_of(config)
@@ -262,6 +271,7 @@ def test_weights_of_every_token(residual):
         assert np.isnan(row[~there]).all()
 
 
+@pytest.mark.exhaustive
 def test_one_source_is_read_exactly_and_its_query_learns_nothing():
     graph, params = params_of(config_of("block_attn_res:size=2"))
     tokens, _ = batch()

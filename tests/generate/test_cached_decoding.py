@@ -74,9 +74,7 @@ def cached(model, tokens):
     return np.stack(results), memory.caches
 
 
-@pytest.mark.parametrize(
-    ("case",), sampled([(x,) for x in CASES], lambda x: x not in ("windows", "full", "fixed"))
-)
+@pytest.mark.parametrize(("case",), sampled([(x,) for x in CASES], lambda x: x in ("tail", "loop", "bias")))
 def test_cached_logits_are_the_uncached_ones(case):
     options, sizes = CASES[case]
     model = make(**options)
@@ -119,6 +117,7 @@ def test_a_token_is_mixed_in_one_launch_a_sublayer(residual, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 9])
+@pytest.mark.sample("4")
 def test_a_cache_from_a_prompt_is_one_that_was_filled_token_by_token(size):
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(size=(3, 6, 2, 4)), jnp.float32) for _ in "kv")

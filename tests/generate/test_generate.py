@@ -126,6 +126,7 @@ def test_a_dial_moves_without_a_new_compilation():
         generate(dialled, PROMPTS, COUNT, locality=0.25, least_locality=0.5)
 
 
+@pytest.mark.exhaustive
 def test_three_prompts_on_eight_devices(model, greedy):
     """Neither 3 sequences nor the one token of a step divide over the devices."""
     mesh = make_mesh(dict(fsdp=2, seq=2, tensor=2))

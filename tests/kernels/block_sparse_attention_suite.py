@@ -138,6 +138,16 @@ class AttentionSuite:
         return ours
 
     @pytest.mark.parametrize("name", MASKS)
+    @pytest.mark.sample(
+        "causal-ragged",
+        "window-both-sides",
+        "chunked",
+        "function",
+        "wide-blocks",
+        "and-lists",
+        "or",
+        "lists-*",
+    )
     def test_masks(self, name):
         self.compare(MASKS[name]())
 

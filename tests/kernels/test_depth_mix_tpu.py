@@ -146,5 +146,6 @@ def compile_one(n, R, tokens, M, heads, dtype, unstacked, sharding):
 
 
 @on_each_chip(len(COMPILED), few=dict(v5e=[0], v5p=[1], v6e=[2]))
+@pytest.mark.sample("v5e")
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_depth_mix_tpu", chip, cases)

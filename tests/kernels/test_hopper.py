@@ -183,6 +183,7 @@ def lowered_kernels(shapes, mask, traced, options) -> int:
 
 @pytest.mark.usefixtures("for_hopper")
 @pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.sample("128 ranges", "64 and 256, ragged", "gathered queries", "packed 16", "or", "between")
 def test_lowers(name):
     assert lowered_kernels(*LOWERED[name]) == 3
 
@@ -199,6 +200,7 @@ def test_lowers_with_any_options(name, options):
 
 @pytest.mark.usefixtures("for_hopper")
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.sample("True")
 def test_lowers_in_shard_map(check_vma):
     """With queries sharded; the gradients of keys and values are summed over devices."""
     mask = lists(2, predicate=Causal())
@@ -217,6 +219,7 @@ def test_lowers_in_shard_map(check_vma):
 
 
 @pytest.mark.usefixtures("for_hopper")
+@pytest.mark.exhaustive
 def test_lowers_under_vmap_and_remat():
     mask = lists(4, bq=64, bk=64)
     (*qkv, _), (do, _) = arguments(mask)
@@ -226,6 +229,7 @@ def test_lowers_under_vmap_and_remat():
 
 @pytest.mark.usefixtures("for_hopper")
 @pytest.mark.parametrize(("policy", "launches"), [("full", 4), ("dots", 3)])
+@pytest.mark.sample("dots-3")
 def test_what_remat_keeps_is_not_computed_again(policy, launches):
     """Launches of forward, dQ and dK/dV, the forward twice if its results are not kept."""
     mask = lists(4, predicate=Causal())

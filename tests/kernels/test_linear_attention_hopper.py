@@ -6,13 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blockjax.kernels import checking
 from blockjax.kernels.linear_attention import api, hopper, passes, reference, xla
 from blockjax.kernels.linear_attention.hopper import TILE, parts, pieces, sweep
 from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec
 from blockjax.kernels.platforms import Target
 
-from tests.kernels.linear_attention_suite import assert_close, both, cotangents_of, make
+from blockjax import parallel
+from tests.kernels.linear_attention_suite import (
+    assert_close,
+    assert_close_to_xla,
+    both,
+    cotangents_of,
+    make,
+    rand,
+)
 
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
 
@@ -33,9 +40,9 @@ def spec(**changes):
         (dict(target=Target("gpu", "NVIDIA A100-SXM4-80GB")), "not on NVIDIA A100"),
         (dict(dtype=jnp.dtype("float32")), "needs bfloat16 or float16, not float32"),
         (dict(kind="delta", decay="token"), None),
-        (dict(decay="channel"), "not one a channel"),
+        (dict(kind="delta", decay="channel"), None),
         (dict(Hv=256), r"head dims must be in \(64, 128\), got 128 and 256"),
-        (dict(N=16), "as many heads in q as in v, got 16 and 8"),
+        (dict(N=16), None),
         (dict(T=1), "at least 64 tokens, got 1"),
         (dict(chunk=128), "chunks have 64 tokens, not 128"),
     ],
@@ -109,14 +116,14 @@ def plain_sweep(call, operands):
     return o, states[0 if call.reverse else -1], sums
 
 
-def plain_summaries(call, operands):
+def plain_summaries(call, pieces, operands):
     """What the kernel `summaries` computes; NaN where it does not look."""
     k, v, decays, counts = operands
     cut, (B, _, K, _) = call.cut, k.shape
     k, v = (chunked(a, cut.chunks) for a in (k, v))
     _, leave, _, _, outside = weights(call, decays, B, K, cut.chunks)
     out = []
-    for p in range(1, cut.pieces) if call.reverse else range(cut.pieces - 1):
+    for p in range(cut.pieces)[-pieces:] if call.reverse else range(pieces):
         here = np.arange(cut.lengths()[p])
         here = (here if call.reverse else here[::-1]) < counts[:, :, p, None]
         at = slice(p * cut.length, p * cut.length + here.shape[-1])
@@ -137,11 +144,13 @@ IDS = np.repeat([3, 3, 5, 6, 7], [30, 98, 1, 300, 21])
 
 @pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("T", [450, 448])
-@pytest.mark.parametrize("decay", ["none", "head", "token", "documents", "steep"])
+@pytest.mark.parametrize("decay", ["none", "head", "token", "documents", "steep", "queries"])
+@pytest.mark.sample("*-450", "none-448")
 def test_what_is_around_the_kernels(decay, T, monkeypatch):
     """With kernels that are plain JAX: pieces, decays, states between, which walk gives which gradient."""
     monkeypatch.setattr(parts, "LEAST_CHUNKS", 1)
-    args = make(decay=dict(documents="token", steep="head").get(decay, decay), B=1, T=T, Hk=4, Hv=3)
+    form = dict(documents="token", steep="head", queries="token").get(decay, decay)
+    args = make(decay=form, B=1, T=T, N=4 if decay == "queries" else 2, Hk=4, Hv=3)
     if decay == "steep":
         args["log_decay"] = jnp.asarray([-3.0, -0.0])
     ids = np.cumsum(np.diff(IDS[:T], prepend=3) != 0)[None].astype("int32") if decay == "documents" else None
@@ -162,6 +171,29 @@ def test_what_is_around_the_kernels(decay, T, monkeypatch):
         assert_close(passes_of(hopper), passes_of(oracle), 5e-5)
 
 
+@pytest.mark.usefixtures("plain_kernels")
+@pytest.mark.parametrize("decay", ["head", "token", "documents", "queries"])
+def test_a_run_in_short(decay, monkeypatch):
+    """As XLA has it, of pieces of which the last is shorter; a second document hides the state before."""
+    monkeypatch.setattr(parts, "LEAST_CHUNKS", 1)
+    args = make(decay="head" if decay == "head" else "token", B=1, T=450, N=4, Hk=4, Hv=3, rate=0.05)
+    N = 4 if decay == "queries" else 2
+    q, do = args["q"][:, :, :N], rand((9, 9), 1, 450, N, 3)
+    ids = (
+        np.cumsum(np.diff(IDS[:450], prepend=3) != 0)[None].astype("int32") if decay == "documents" else None
+    )
+    inputs = Inputs(q, args["k"], args["v"], args["log_decay"], None, ids)
+    with jax.default_matmul_precision("highest"):
+        ours, theirs = (
+            (
+                backend.summary.forward(inputs, Options("decay", 0.3))[0],
+                backend.summary.backward(inputs, do, Options("decay", 0.3))[0],
+            )
+            for backend in (hopper, xla)
+        )
+    assert_close(ours, theirs, 5e-5)
+
+
 @pytest.fixture
 def for_hopper(monkeypatch):
     monkeypatch.setattr(api, "target", lambda: H100)
@@ -178,6 +210,7 @@ LOWERED = {
 
 @pytest.mark.usefixtures("for_hopper")
 @pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.sample("head", "documents")
 def test_lowers(name):
     """Two summaries, one walk forward and three backward."""
     options = dict(B=2, T=1024, K=2, Hk=128, Hv=128, dtype="bfloat16", documents=False) | LOWERED[name]
@@ -197,8 +230,19 @@ def test_lowers(name):
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 6
 
 
-TOLERANCES = dict(q=8e-3, k=8e-3, v=8e-3, initial_state=8e-3, log_decay=2e-2)
-"""By norm, of those of flash-linear-attention; of o and the state 5e-3."""
+@pytest.mark.usefixtures("for_hopper")
+def test_lowers_over_devices():
+    """Each pass sums pieces once, for the run in short and for the walks."""
+    mesh = jax.make_mesh((2,), ("seq",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    args = {x: jax.ShapeDtypeStruct((1, 16384, 2, 64), "bfloat16") for x in "qkv"}
+
+    def both(args, rates):
+        o, pullback = jax.vjp(lambda x: parallel.linear_attention(**x, mesh=mesh, log_decay=rates), args)
+        return o, pullback(o)
+
+    traced = jax.jit(both).trace(args, jax.ShapeDtypeStruct((2,), "float32"))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(".call @summaries") == 2 and text.count(".call @sweep") == 4
 
 
 @pytest.mark.gpu
@@ -209,20 +253,15 @@ class TestHopper:
     @pytest.mark.parametrize(("Hk", "Hv"), [(64, 64), (128, 64), (64, 128), (128, 128)])
     @pytest.mark.parametrize("decay", ["none", "head", "token", "documents"])
     def test_close_to_xla(self, decay, Hk, Hv, T):
+        self.check(decay, T, 3, Hk, Hv)
+
+    @pytest.mark.parametrize("decay", ["head", "documents"])
+    def test_queries_of_a_state(self, decay):
+        self.check(decay, 1000, 6, 128, 64)
+
+    def check(self, decay, T, N, Hk, Hv):
         form = "token" if decay == "documents" else decay
-        args = make(decay=form, B=2, T=T, N=3, K=3, Hk=Hk, Hv=Hv, dtype="bfloat16", rate=0.2)
+        args = make(decay=form, B=2, T=T, N=N, K=3, Hk=Hk, Hv=Hv, dtype="bfloat16", rate=0.2)
         starts = np.random.default_rng(1).random((2, T)) < 5 / T
         ids = jnp.asarray(np.cumsum(starts, 1), jnp.int32) if decay == "documents" else None
-
-        run, cotangents = jax.jit(both, static_argnums=0), cotangents_of(args)
-        (o, state), gradients = ours = jax.device_get(run("hopper", args, cotangents, ids))
-        again = jax.device_get(run("hopper", args, cotangents, ids))
-        assert all(
-            a.tobytes() == b.tobytes()
-            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True)
-        )
-        (exact_o, exact_state), exact = run("xla", *checking.widen((args, cotangents)), ids)
-        assert checking.relative_error(o, exact_o) <= 5e-3
-        assert checking.relative_error(state, exact_state) <= 5e-3
-        for name, gradient in gradients.items():
-            assert checking.relative_error(gradient, exact[name]) <= TOLERANCES[name], name
+        assert_close_to_xla("hopper", args, ids)

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blockjax.kernels import checking
-from blockjax.kernels.linear_attention import api, hopper, linear_attention, passes, reference
+from blockjax.kernels.linear_attention import api, hopper, linear_attention, passes, reference, xla
 from blockjax.kernels.linear_attention.hopper import TILE, delta, delta_backward, delta_forward
 from blockjax.kernels.linear_attention.spec import Inputs, Options
 from blockjax.kernels.platforms import Target
 
-from tests.kernels.linear_attention_suite import assert_close, make, rand
+from tests.kernels.linear_attention_suite import assert_close, assert_close_to_xla, make, rand
 
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
 
@@ -154,12 +153,14 @@ IDS = np.repeat([0, 1, 2, 3], [128, 1, 500, 171])
 
 
 @pytest.mark.usefixtures("plain_kernels")
-@pytest.mark.parametrize("decay", ["none", "head", "token", "documents"])
+@pytest.mark.parametrize("decay", ["none", "head", "token", "documents", "queries"])
+@pytest.mark.sample("token", "documents", "queries")
 def test_what_is_around_the_kernels(decay, monkeypatch):
     """With kernels that are plain JAX: pieces, the last of them shorter, marks in them, and the formulas."""
     monkeypatch.setattr(delta, "cut", lambda heads, K, chunks: delta.Cut(heads, K, chunks, 5))
     T = 800
-    args = make(kind="delta", decay=dict(documents="token").get(decay, decay), B=1, T=T, Hk=4, Hv=3, rate=0.1)
+    form, N = dict(documents="token", queries="token").get(decay, decay), 4 if decay == "queries" else 2
+    args = make(kind="delta", decay=form, B=1, T=T, N=N, Hk=4, Hv=3, rate=0.1)
     ids = jnp.asarray(IDS[None], "int32") if decay == "documents" else None
     order = "q", "k", "v", "log_decay", "beta"
     inputs = Inputs(*(args.get(name) for name in order), ids, args["initial_state"])
@@ -173,7 +174,8 @@ def test_what_is_around_the_kernels(decay, monkeypatch):
         return out, pullback(jax.tree.map(lambda x: rand((7, x.ndim), *x.shape), out))
 
     with jax.default_matmul_precision("highest"):
-        assert_close(both(hopper), both(reference), 5e-5)
+        # The gradient of a decay that all tokens share is that of XLA, to rounding of a long sum.
+        assert_close(both(hopper), both(xla if decay == "head" else reference), 5e-5)
 
 
 # Together all head dims, forms, and lengths that are whole chunks, rows of the copy engine, neither.
@@ -207,10 +209,6 @@ def test_lowers(name, monkeypatch):
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 6
 
 
-TOLERANCES = dict(q=8e-3, k=8e-3, v=8e-3, initial_state=8e-3, log_decay=2e-2, beta=2e-2)
-"""By norm, of those of flash-linear-attention; of o and the state 5e-3."""
-
-
 @pytest.mark.gpu
 class TestHopperDelta:
     """Products of bfloat16 here, of float32 in plain XLA: tolerances are by norm."""
@@ -219,27 +217,15 @@ class TestHopperDelta:
     @pytest.mark.parametrize(("Hk", "Hv"), [(64, 64), (128, 64), (64, 128), (128, 128)])
     @pytest.mark.parametrize("decay", ["none", "head", "token", "documents"])
     def test_close_to_xla(self, decay, Hk, Hv, T):
+        self.check(decay, T, 3, Hk, Hv)
+
+    @pytest.mark.parametrize("decay", ["head", "documents"])
+    def test_queries_of_a_state(self, decay):
+        self.check(decay, 1000, 6, 128, 64)
+
+    def check(self, decay, T, N, Hk, Hv):
         form = "token" if decay == "documents" else decay
-        args = make(kind="delta", decay=form, B=2, T=T, N=3, K=3, Hk=Hk, Hv=Hv, dtype="bfloat16", rate=0.2)
+        args = make(kind="delta", decay=form, B=2, T=T, N=N, K=3, Hk=Hk, Hv=Hv, dtype="bfloat16", rate=0.2)
         starts = np.random.default_rng(1).random((2, T)) < 5 / T
         ids = jnp.asarray(np.cumsum(starts, 1), jnp.int32) if decay == "documents" else None
-
-        def both(implementation, args, do):
-            def op(x):
-                return linear_attention(
-                    **x, kind="delta", segment_ids=ids, return_state=True, implementation=implementation
-                )
-
-            out, pullback = jax.vjp(op, args)
-            return out, pullback((do.astype(out[0].dtype), rand((8, 1), *out[1].shape)))[0]
-
-        run, do = jax.jit(both, static_argnums=0), rand((8, 0), *args["v"].shape)
-        (o, state), gradients = ours = jax.device_get(run("hopper", args, do))
-        again = jax.device_get(run("hopper", args, do))
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True):
-            assert a.tobytes() == b.tobytes()
-        (exact_o, exact_state), exact = run("xla", *checking.widen((args, do)))
-        assert checking.relative_error(o, exact_o) <= 5e-3
-        assert checking.relative_error(state, exact_state) <= 5e-3
-        for name, gradient in gradients.items():
-            assert checking.relative_error(gradient, exact[name]) <= TOLERANCES[name], name
+        assert_close_to_xla("hopper", args, ids, kind="delta")

@@ -31,7 +31,6 @@ def interpreted(monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 class TestTpu(LinearAttentionSuite):
     implementation = "tpu"
-    few = (("decay", "token"), ("delta", "token"), ("delta", "channel"))
     shortest = 16
     # No TPU multiplies float64.
     test_float64 = test_finite_differences = None
@@ -136,5 +135,6 @@ def compile_one(kind, decay, B, T, N, K, Hk, Hv, dtype, documents, state, chunk,
 
 # Each chip compiles the decay rule, and the delta rule and decays a channel those that one can spare.
 @on_each_chip(len(COMPILED), few=dict(v5e=[0, 10], v5p=[1, 7, 14], v6e=[2, 9, 16]))
+@pytest.mark.sample("v5e")
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_linear_attention_tpu", chip, cases)

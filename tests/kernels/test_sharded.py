@@ -34,6 +34,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample("lists of each head")
 def test_equals_the_call_without_a_mesh(name):
     mask, options = CASES[name]
     mask = mask()

@@ -54,12 +54,9 @@ class TestTpu(AttentionSuite):
 
     @pytest.mark.parametrize(
         "name",
-        [
-            "causal-ragged",
-            "lists-batch-heads",
-            *(pytest.param(name, marks=EXHAUSTIVE) for name in ("chunked", "function", "wide-blocks")),
-        ],
+        ["causal-ragged", "lists-batch-heads", "chunked", "function", "wide-blocks"],
     )
+    @pytest.mark.sample("lists-batch-heads")
     def test_masks(self, name):
         super().test_masks(name)
 
@@ -83,6 +80,26 @@ class TestTpu(AttentionSuite):
     def test_vmap_over_windows(self):
         super().test_vmap_over_windows()
 
+    @EXHAUSTIVE
+    def test_vmap_and_remat(self):
+        super().test_vmap_and_remat()
+
+    @EXHAUSTIVE
+    def test_per_token_positions(self):
+        super().test_per_token_positions()
+
+    @EXHAUSTIVE
+    def test_lists_made_inside_jit(self):
+        super().test_lists_made_inside_jit()
+
+    @EXHAUSTIVE
+    def test_disjoint_segments_read_nothing(self):
+        super().test_disjoint_segments_read_nothing()
+
+    @EXHAUSTIVE
+    def test_rising_scores_force_rescaling(self):
+        super().test_rising_scores_force_rescaling()
+
     @pytest.mark.parametrize(
         "shapes",
         [pytest.param(dict(N=4, K=1, Hv=4), marks=EXHAUSTIVE), dict(B=1, N=1, K=1, H=5, Hv=3)],
@@ -105,9 +122,11 @@ class TestTpu(AttentionSuite):
     def test_nan_in_one_row_of_queries_stays_there(self, name):
         super().test_nan_in_one_row_of_queries_stays_there(name)
 
+    @pytest.mark.exhaustive
     def test_cached_decoding(self):
         super().test_cached_decoding(3)
 
+    @pytest.mark.exhaustive
     def test_shard_map(self, monkeypatch):
         # Plain interpretation does not know about axes that values vary over.
         monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams())
@@ -143,6 +162,7 @@ RACES = {
 
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("name", RACES)
+@pytest.mark.sample("lists")
 def test_no_races_and_nothing_read_before_it_is_written(name, monkeypatch):
     monkeypatch.setattr(layout, "lists_fit", lambda rows, entries: False)
     inputs, cotangents = make(0, RACES[name], B=1, N=2, K=1)
@@ -235,5 +255,6 @@ def compile_one(shapes, form, options, sharding, B=1, T=1024, N=4, K=4):
 
 
 @on_each_chip(len(COMPILED))
+@pytest.mark.sample("v5e")
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.kernels.test_tpu", chip, cases)

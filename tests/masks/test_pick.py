@@ -30,6 +30,7 @@ def longer(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.sample("lists-batch-heads", "causal-ragged", "chunked", "full-ragged")
 def test_lengthened_sees_no_more(name):
     mask = MASKS[name]()
     seen = dense(longer(name))
@@ -43,6 +44,7 @@ def tokens(blocks, size):
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.sample("*-False")
 def test_picked_blocks_see_what_they_saw(name, traced):
     mask = longer(name)
     rng = np.random.default_rng(0)

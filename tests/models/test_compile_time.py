@@ -35,6 +35,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.sample("full", "pattern")
 def test_program_does_not_grow_with_depth(options):
     traces = [traced(depth, **options) for depth in DEPTHS]
     equations = [str(t.jaxpr).count(" = ") for t in traces]
@@ -44,6 +45,7 @@ def test_program_does_not_grow_with_depth(options):
 
 
 @pytest.mark.parametrize("case", ["full", pytest.param("depth_blocks", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
 def test_48_layers_compile_in_at_most_1_3_times_the_time_of_12(case):
     """Forward and backward, traced and compiled. CPU time: other processes do not count."""
 

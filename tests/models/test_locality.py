@@ -50,6 +50,7 @@ def logits(model, tokens, positions, segments, locality=None):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sample("adaptive", "bias")
 def test_locality_zero_is_dense_bit_for_bit(mode):
     zero = logits(make(MODES[mode] + ",high=0.0"), *packed())
     np.testing.assert_array_equal(zero, logits(make(), *packed()))
@@ -72,6 +73,7 @@ def test_segments_and_windows_of_one_token():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sample("window", "delimiter")
 def test_no_token_reaches_an_earlier_output(mode):
     model = make(MODES[mode], residual="block_attn_res:size=4")
     graph, params = nnx.split(model)
@@ -90,7 +92,7 @@ def test_no_token_reaches_an_earlier_output(mode):
     assert np.any(before[0] != after[0])
 
 
-@pytest.mark.parametrize(("mode",), sampled([(x,) for x in MODES], lambda x: x in ("window", "adaptive")))
+@pytest.mark.parametrize(("mode",), sampled([(x,) for x in MODES], lambda x: x == "window"))
 def test_scanned_unrolled_and_bucketed_layers_agree(mode):
     """A table with a run of equal layers, which share a bucket."""
     table = MODES[mode].replace("beta:1", "table:0.3/0.3/1/0")
@@ -99,6 +101,7 @@ def test_scanned_unrolled_and_bucketed_layers_agree(mode):
     np.testing.assert_allclose(bucket, scan, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_gradients_of_scanned_and_bucketed_layers_agree():
     gradients = []
     for stack in ("scan", "bucket"):
@@ -152,6 +155,7 @@ def test_the_strength_of_a_bias_has_a_gradient():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sample("adaptive", "delimiter")
 def test_visible_pairs_by_brute_force(mode):
     model = make(MODES[mode])
     tokens, positions, documents = packed()

@@ -57,6 +57,7 @@ def loss_of(model):
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=(pytest.mark.exhaustive,) * (case in EXTRA)) for case in CASES]
 )
+@pytest.mark.sample("scan")
 def test_tied_layers_are_copies_and_their_gradient_is_the_sum(case):
     options, owners = CASES[case]
     tied = make(**options, condition=0)
@@ -112,6 +113,7 @@ def reference(params, config, spans, attend):
     return norm(x, params["final_norm"]["gain"]) @ params["head"]
 
 
+@pytest.mark.exhaustive
 def test_gains_are_those_of_the_formula():
     """t1 and t2 on what sublayers add, t3 on the stream; one time after the other, from 0."""
     model = make(depth=3, loop="1,1*2", condition=5)

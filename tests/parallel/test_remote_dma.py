@@ -81,6 +81,7 @@ ALL = [
 @pytest.mark.parametrize(
     ("mask", "layout", "P", "K", "mode"), [*CASES, *(pytest.param(*x, marks=EXHAUSTIVE) for x in ALL)]
 )
+@pytest.mark.sample("window of both sides*")
 def test_equals_dense(mask, layout, P, K, mode, interpreted):
     interpreted(mode)
     T = BLOCK * P * (1 + (layout == "zigzag"))
@@ -91,6 +92,7 @@ def run(inputs, mask, mesh, **how):
     return jax.jit(functools.partial(attention, mask=mask, mesh=mesh, schedule="ring_dma", **how))(*inputs)
 
 
+@pytest.mark.exhaustive
 def test_options_and_documents(interpreted):
     interpreted("eager")
     T, how = 4 * BLOCK, dict(schedule="ring_dma", layout="striped")
@@ -109,6 +111,7 @@ def test_a_hop_that_no_one_needs_only_passes_keys_on(interpreted):
     compare(5, mask, 2, 1, B=1, schedule="ring_dma")
 
 
+@pytest.mark.exhaustive
 def test_bfloat16(interpreted):
     interpreted("eager")
     mask = MASKS["causal"](4 * BLOCK)
@@ -149,6 +152,7 @@ def test_calls_in_one_program_while_devices_are_late(interpreted):
         pytest.param(dict(seq=6, data=1), dict(ulysses=2), marks=EXHAUSTIVE),
     ],
 )
+@pytest.mark.exhaustive
 def test_neighbours_on_a_mesh_of_several_axes(sizes, how, interpreted):
     interpreted("on_wait")
     devices = jax.devices()[: np.prod([*sizes.values()])]
@@ -236,5 +240,6 @@ def compile_for(chip, cases):
         *(pytest.param(chip, range(len(COMPILED)), marks=EXHAUSTIVE) for chip in tpu_schedule.TOPOLOGIES),
     ],
 )
+@pytest.mark.sample("v5e*")
 def test_compiles_for(chip, cases):
     compile_elsewhere("tests.parallel.test_remote_dma", chip, cases)

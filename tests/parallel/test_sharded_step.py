@@ -117,6 +117,7 @@ def some(names):
         pytest.param("data_fsdp", LOOP, id="data_fsdp_loop"),
     ],
 )
+@pytest.mark.sample("seq_depth_blocks_and_segments")
 def test_loss_and_gradients_are_those_of_one_device(name, config):
     alone = None if name not in HOW else name
     (loss, grads, _), (expected_loss, expected, _) = step(name, config), step(alone, config, meshed=False)
@@ -129,6 +130,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, config):
 
 
 @pytest.mark.parametrize(("name",), some(MESHES))
+@pytest.mark.sample("data_fsdp_tensor", "seq_striped")
 def test_attention_loops_are_silent(name):
     """The loop over layers is one deep, those over query rows and key blocks two and three."""
     text = step(name)[2]

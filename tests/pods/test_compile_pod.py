@@ -19,6 +19,7 @@ SMALL = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_v5p(python, tmp_path):
     out = tmp_path / "step"
     done = python(SCRIPT, *SMALL, "--topology=v5p:2x2x1", "--mesh=data:2,fsdp:2", f"--out={out}")
@@ -51,6 +52,7 @@ def test_a_search_for_a_v5e(python):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_v6e(python):
     done = python(SCRIPT, *SMALL, "--topology=v6e:2x2", "--mesh=fsdp:2,tensor:2", "--vocab_size=512")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -122,6 +122,7 @@ def loop(p, x, ids, cell):
 
 
 @pytest.mark.parametrize(("gate", "cell"), [("fixed", "skip"), ("lstm", "dual"), ("lstm", "single")])
+@pytest.mark.sample("lstm-dual")
 def test_outputs_and_gradients_of_a_loop_over_blocks(gate, cell):
     graph, params = make(gate, cell)
     real = (IDS >= 0)[..., None]
@@ -174,6 +175,7 @@ def test_a_gate_of_one_freezes_the_states():
     np.testing.assert_array_equal(memory.states, np.broadcast_to(params["start"], (B, S, 16)))
 
 
+@pytest.mark.exhaustive
 def test_pieces_of_whole_blocks_are_the_whole(lstm):
     """Also where the piece before ended in another document; and a row that is set back starts anew."""
     x = inputs()

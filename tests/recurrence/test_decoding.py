@@ -25,6 +25,7 @@ HYBRIDS = {
 
 
 @pytest.mark.parametrize("case", HYBRIDS)
+@pytest.mark.sample("delta", "states")
 def test_a_token_at_a_time_is_the_whole(case):
     model = random_model(tiny_config(attention_block=16, **HYBRIDS[case]))
     tokens = np.random.default_rng(0).integers(0, 24, (3, TOTAL)).astype(np.int32)
@@ -53,6 +54,7 @@ def test_a_token_at_a_time_is_the_whole(case):
         logits, memory = step(params, tokens[np.arange(3), LENGTHS + i], jnp.asarray(LENGTHS + i), memory)
 
 
+@pytest.mark.exhaustive
 def test_generation_does_not_depend_on_the_batch():
     model = random_model(tiny_config(pattern="lightning,brt:window=2/states=3", attention_block=16))
     prompts = [np.arange(1, 4), np.arange(5, 12)]

@@ -102,6 +102,7 @@ def stop_and_continue(root: pathlib.Path) -> list[tuple]:
 
 
 @pytest.mark.slow
+@pytest.mark.reliability
 def test_a_signal_stops_all_and_the_same_command_goes_on(sweep, tmp_path):
     folder, ((out, error, code, metrics), again) = tmp_path / "out", stop_and_continue(tmp_path)
     assert code == 130 and "Traceback" not in error and error.count("\n") == 1 and "goes on" in error

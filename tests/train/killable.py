@@ -22,8 +22,8 @@ class End:
     Attributes:
       place: `step` (some time after batch `at` was taken), `copy`, `write`, `written`, `commit`, `manifest`,
         `journal`, `retire` (moments of the save of step `at`), `read` (of any checkpoint), `evaluation`, or a
-        place of the watchdog's in which it hangs: `loader`, `stuck step`, `stuck save`.
-      at: batch or step.
+        place of the watchdog's in which it hangs: `loader`, `stuck step`, `stuck evaluation`, `stuck save`.
+      at: batch, also of an evaluation, or step.
       sends: signals, in this order, that the process gets there.
       delay: seconds until then, for `step`.
     """
@@ -120,13 +120,13 @@ def _arrange(end: End) -> None:
     def at_batch(self):
         for k, batch in enumerate(iterate(self), self._start):
             training = not isinstance(self._order, Evaluation)
-            if training and k == end.at and end.place == "loader":
+            if k == end.at and end.place == ("loader" if training else "stuck evaluation"):
                 forever()
             if training and k == end.at and end.place == "step":
                 threading.Thread(target=later).start() if end.delay else strike()
             yield batch
 
-    if end.place in ("step", "loader"):
+    if end.place in ("step", "loader", "stuck evaluation"):
         Loader.__iter__ = at_batch
         return
 

@@ -36,6 +36,7 @@ def alone(one_device, monkeypatch):
 @pytest.mark.parametrize(
     ("residual", "least"), [("block_attn_res:size=3,heads=2", 1e-5), ("delta_block:size=2", 0)]
 )
+@pytest.mark.sample("block_attn_res*")
 def test_the_same_logits_and_on_from_there(tiny, base, alone, tmp_path, residual, least):
     config = tiny(run__steps=3, model__residual=residual)
     done = convert(config, base, str(tmp_path / "new"), quiet=True)

@@ -65,6 +65,7 @@ def test_locality_rises_with_the_steps(run):
     assert make_dial(model, 0)(3) is None and make_dial(tiny_config(), WARMUP)(3) is None
 
 
+@pytest.mark.exhaustive
 def test_the_report_shows_them(run):
     text = report.write(run).read_text()
     for name in ("locality.png", "depth_weights.png", "token_weights.png"):

@@ -81,6 +81,7 @@ def assert_trained(run: pathlib.Path, done: subprocess.CompletedProcess):
 
 
 @pytest.mark.slow
+@pytest.mark.reliability
 def test_the_documented_commands_for_two_processes(shell, config_file, tmp_path):
     (block,) = (b for b in re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL) if "--process=1" in b)
     with socket.socket() as free:

@@ -184,6 +184,7 @@ def test_two_runs_are_equal_bit_for_bit(trainer, make_config, reference, tmp_pat
     [
         pytest.param(End("loader", 3), "the loader, batch 3", marks=pytest.mark.slow),
         pytest.param(End("stuck step", 4), "step 4", marks=pytest.mark.reliability),
+        pytest.param(End("stuck evaluation", 0), "evaluation batch 0", marks=pytest.mark.reliability),
         pytest.param(End("stuck save", 4), "the writing of checkpoint 4", marks=pytest.mark.reliability),
     ],
     ids=str,

@@ -49,6 +49,7 @@ def test_bits_per_byte_of_uniform_logits(tiny, tmp_path, monkeypatch):
     assert lines_of(tmp_path, "val/perplexity") == {3: seen["values"]["val/perplexity"]}
 
 
+@pytest.mark.exhaustive
 def test_every_evaluation_is_of_the_same_text_and_any_mesh_agrees(tiny, one_device, tmp_path, monkeypatch):
     read = []
     batch = Evaluation.batch
@@ -70,6 +71,7 @@ def test_every_evaluation_is_of_the_same_text_and_any_mesh_agrees(tiny, one_devi
         np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_trace_of_chosen_steps(tiny, tmp_path, monkeypatch):
     traced = []
     start = jax.profiler.start_trace
@@ -88,6 +90,7 @@ def test_a_trace_of_chosen_steps(tiny, tmp_path, monkeypatch):
     assert len(traced) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_a_bucket(tiny, tmp_path, monkeypatch, bucket):
     """Everything but checkpoints, which orbax writes to buckets by itself."""
     monkeypatch.setattr(RunFolder, "checkpoints", tmp_path / "checkpoints")

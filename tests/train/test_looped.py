@@ -13,6 +13,7 @@ from blockjax.train.run import open_run
 pytestmark = pytest.mark.usefixtures("dense_attention")
 
 
+@pytest.mark.exhaustive
 def test_a_loop_learns_and_may_be_repeated_more_often_later(tiny, one_device, tmp_path):
     """A curriculum: the same folder goes on with another count, the same parameters and optimizer."""
     shape = dict(model__depth=3, model__loop="1,1*2", model__pattern="full", run__checkpoint_every=8)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ LIMIT = 300  # seconds that the processes of a run may take together
 
 # experiments/train.py, with a signal in place of batch STOP_AT, once the file STOP_AFTER is there, in the
 # process STOP_PROCESS (-1: in all), or a loader that hangs there for signal 0; and short samples.
+# STOP_PROCESS never comes to the barrier STOP_BARRIER, where others wait for 5 s, not for 20 (code 1).
 SCRIPT = """
 import os, runpy, signal, threading, time
 
@@ -39,6 +41,7 @@ import jax
 
 from blockjax.analysis import report
 from blockjax.data import Evaluation, Loader
+from blockjax.train import hosts
 
 report.SAMPLE_TOKENS = 4
 iterate = Loader.__iter__
@@ -54,12 +57,32 @@ def interrupted(self):
         yield batch
 
 Loader.__iter__ = interrupted
+barrier = hosts.barrier
+
+def end_in(seconds):
+    time.sleep(seconds)
+    os._exit(1)
+
+def with_one_late(name, *limit):
+    if name == os.environ["STOP_BARRIER"]:
+        if int(os.environ["STOP_PROCESS"]) == jax.process_index():
+            time.sleep(1000)
+        threading.Thread(target=end_in, args=(20,), daemon=True).start()
+        limit = 5.0,
+    barrier(name, *limit)
+
+def asked_late():
+    time.sleep(jax.process_index())  # process 0, without which none gets an answer, is the first
+    return hostnames()
+
+hostnames = hosts.hostnames
+hosts.barrier, hosts.hostnames = with_one_late, asked_late
 runpy.run_path("experiments/train.py", run_name="__main__")
 """
 
 
 def launch(
-    config, run, processes=1, devices=1, stop_at=-1, signal=0, after=ROOT, process=-1
+    config, run, processes=1, devices=1, stop_at=-1, signal=0, after=ROOT, process=-1, barrier=""
 ) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each process."""
     file = run.parent / f"{run.name}.py"
@@ -73,6 +96,7 @@ def launch(
         STOP_SIGNAL=str(signal),
         STOP_PROCESS=str(process),
         STOP_AFTER=str(after),
+        STOP_BARRIER=barrier,
         XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
     )
     command = [sys.executable, "-c", SCRIPT, f"--config={file}", f"--run={run}"]
@@ -154,12 +178,10 @@ def test_ctrl_c_and_kill(config, alone, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(config, alone, tmp_path):
-    """One after the other: they share a machine, and the second reads what the first prepared."""
+    """They share a machine, prepare data at once, and train as one process does."""
     config = config.copy_and_resolve_references()
     config.mesh.update(data=4, fsdp=2)
-    loop.train(config, str(tmp_path / "eight"), quiet=True)
-
-    config.run.data_dir = str(tmp_path / "data")  # prepared by both at once
+    config.run.data_dir = str(tmp_path / "data")
     whole = tmp_path / "whole"
     outputs = launch(config, whole, processes=2, devices=4)
     assert [code for code, _, _ in outputs] == [0, 0], outputs
@@ -169,16 +191,22 @@ def test_two_processes(config, alone, tmp_path):
     files = {"run.json", "metrics.jsonl", "checkpoints", "checkpoints.json", "report", ".lock"}
     assert {p.name for p in whole.iterdir()} == files
     assert len(values(whole)) == 7
-    for other in (tmp_path / "eight", alone):
-        for key in ("train/loss", "train/grad_norm", "val/loss"):
-            np.testing.assert_allclose(
-                list(values(whole, key).values()), list(values(other, key).values()), rtol=1e-5
-            )
-        assert values(whole, "train/visible_pairs") == values(other, "train/visible_pairs")
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        np.testing.assert_allclose(
+            list(values(whole, key).values()), list(values(alone, key).values()), rtol=1e-5
+        )
+    assert values(whole, "train/visible_pairs") == values(alone, "train/visible_pairs")
 
-    # Killed and continued, it is the same run bit for bit.
+
+@pytest.mark.reliability
+def test_two_processes_that_are_killed(config, tmp_path):
+    """Continued, it is the same run bit for bit."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update(data=4, fsdp=2)
     config.run.report = False
-    again = tmp_path / "again"
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    outputs = launch(config, whole, processes=2, devices=4)
+    assert [code for code, _, _ in outputs] == [0, 0], outputs
     saved = again / "checkpoints" / "3" / "manifest.json"
     outputs = launch(config, again, processes=2, devices=4, stop_at=5, signal=9, after=saved)
     assert [code for code, _, _ in outputs] == [-9, -9], outputs
@@ -262,6 +290,31 @@ def test_a_loader_that_hangs_in_one_of_two_processes(small, tmp_path):
     # The other one waits for it, and names it.
     assert re.search(r"Process 1 \(.*\): the loader, batch 4", outputs[0][2]), outputs[0][2]
     assert (run / "hang-process-1.txt").exists()
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("processes", "slow", "name"),
+    [
+        (2, 1, "the run folder is locked"),
+        (2, 1, "run.json is written"),
+        (3, 2, "the folder of checkpoints is there"),
+        (2, 0, "the training step is compiled"),
+    ],
+)
+def test_a_process_that_does_not_come_to_a_barrier(small, tmp_path, processes, slow, name):
+    config = small.copy_and_resolve_references()
+    config.mesh.update(data=processes, fsdp=1)
+    config.data.batch_size = 4 * processes
+    outputs = launch(config, tmp_path / "run", processes=processes, process=slow, barrier=name)
+    host = socket.gethostname()
+    words = f"At the barrier '{name}', process {slow} ({host}) did not come within 5 s"
+    for index, (code, _, error) in enumerate(outputs):
+        if index == slow:  # ended by JAX, whose service ended or no longer hears of the other
+            assert code == -signal.SIGABRT, error
+        else:
+            assert code == Hung.exit_code and "Traceback" not in error, error
+            assert words in error, error
 
 
 @pytest.mark.reliability

@@ -61,8 +61,9 @@ def state_of(folder, step: int, config) -> dict:
 
 @pytest.mark.parametrize(
     ("optimizer", "order"),
-    [("muon", "packed"), pytest.param("adamw", "stream", marks=pytest.mark.reliability)],
+    [("muon", "packed"), ("adamw", "stream")],
 )
+@pytest.mark.reliability
 def test_stopped_at_any_step(tiny, train, tmp_path, optimizer, order):
     config = tiny(optimizer__name=optimizer, data__order=order, run__checkpoint_every=3, run__eval_every=4)
     whole = train(config, tmp_path / "whole")
@@ -107,6 +108,7 @@ def test_metrics_are_on_disk_before_the_checkpoint(tiny, tmp_path, monkeypatch):
     assert {step: max(lines) for step, lines in seen.items()} == {5: 5, 10: 10, 12: 12}
 
 
+@pytest.mark.exhaustive
 def test_a_longer_run_continues(tiny, train, tmp_path):
     # The schedule that is constant until the decay: the first steps are the same ones.
     values = dict(optimizer__schedule="stable_decay", optimizer__decay_fraction=0.1)
@@ -132,6 +134,7 @@ def tokenizer_file(path, words):
     tokenizer.save(str(path))
 
 
+@pytest.mark.exhaustive
 def test_another_tokenizer_behind_the_same_path_is_refused(tiny, train, tmp_path):
     path = tmp_path / "words.json"
     config = tiny(data__tokenizer=str(path), run__steps=3)

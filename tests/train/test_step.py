@@ -58,6 +58,7 @@ def gradient_step(model):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.sample("2")
 def test_microbatches_with_unequal_targets_equal_one_batch(gradient_step, batch, accumulate):
     grads, metrics = gradient_step(batch)
     parts, part_metrics = gradient_step(batch, accumulate)

@@ -63,6 +63,7 @@ def test_phases_are_of_the_outputs_of_layers(teacher, target):
     assert found.starts == [0, best]
 
 
+@pytest.mark.exhaustive
 def test_with_a_phase_for_each_layer_it_is_the_teacher(teacher, target):
     """Copied weights; gains start next to one, and are one without their last weights."""
     x = batch()
@@ -94,6 +95,7 @@ def surrogate_step(model, x, i, data):
     return model.through(x, layers[i][0], model.rope(data["positions"]), see)
 
 
+@pytest.mark.exhaustive
 def test_it_learns_first_alone_then_whole(teacher):
     """Losses and errors fall; embedding, final norm and head stay the teacher's."""
     steps, optimizer = 20, base_config().optimizer

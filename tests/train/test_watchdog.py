@@ -106,7 +106,7 @@ def two(monkeypatch):
     two = types.SimpleNamespace(process_count=lambda: 2, process_index=lambda: 0, errors=hosts.jax.errors)
     monkeypatch.setattr(hosts, "jax", two)
     monkeypatch.setattr(watchdog, "jax", two)
-    monkeypatch.setattr(watchdog, "GATHER_SECONDS", 0.0)
+    monkeypatch.setattr(hosts, "GATHER_SECONDS", 0.0)
     client.key_value_set("blockjax/host/1", "slow-host")
     return client
 

@@ -1,5 +1,6 @@
 """How a sequence is cut so that its pieces fill the chip, and the states that enter them."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,21 +57,41 @@ class Plan:
         outside = self._join(jnp.exp2(self._outside(reverse)))
         return Decays(None, self.tokens, self.tokens, jnp.exp2(self.logs), outside)
 
-    def entries(self, k, v, state, reverse: bool = False, write: float = 1.0) -> jax.Array:
+    def added(self, k, v, pieces: int, reverse: bool = False, write: float = 1.0) -> jax.Array:
+        """[B, K, pieces, Hk, Hv] float32, what those pieces add to the state that a walk visits first."""
+        call = Sweep(self.cut, reverse, self.documents, write=write)
+        return summaries(call, pieces, Operands(k, v, self.decays(reverse), self._counts(reverse)))
+
+    def entries(self, k, v, state, reverse: bool = False, write: float = 1.0, added=None) -> jax.Array:
         """[B, K, pieces, Hk, Hv] float32, the states that enter the pieces in the direction of the walk.
 
-        `state` enters the first of them.
+        `state` enters the first of them; `added` is that of all pieces, where it is known.
         """
-        if self.cut.pieces == 1:
-            return state[:, :, None]
-        call = Sweep(self.cut, reverse, self.documents, write=write)
-        added = summaries(call, Operands(k, v, self.decays(reverse), self._counts(reverse)))
-        across = self._across()
-        chain, order = [state], range(self.cut.pieces - 1)
-        for p in reversed(order) if reverse else order:
-            state = across[..., p + 1 if reverse else p, None, None] * state + added[:, :, p]
-            chain.append(state)
+        others, chain = self.cut.pieces - 1, [state]
+        if others and added is None:
+            added = self.added(k, v, others, reverse, write)
+        for across, N in itertools.islice(self._walked(added, reverse), others):
+            chain.append(across * chain[-1] + N)
         return jnp.stack(chain[::-1] if reverse else chain, axis=2)
+
+    def total(self, added, reverse: bool = False) -> jax.Array:
+        """[B, K, Hk, Hv] float32, the state after all pieces of a walk that begins with zeros."""
+        state = 0.0
+        for across, N in self._walked(added, reverse):
+            state = across * state + N
+        return state
+
+    def left(self) -> jax.Array:
+        """[B, K, 1, 1], what is left of a state after all pieces."""
+        across = jnp.prod(self._across(), axis=-1)
+        return jnp.broadcast_to(across, (self.B, across.shape[1]))[..., None, None]
+
+    def _walked(self, added, reverse: bool):
+        """(what is left of the state, what is added) of each piece, in the order of the walk."""
+        n, across = added.shape[2], self._across()
+        across = across[..., -n:] if reverse else across[..., :n]
+        for p in reversed(range(n)) if reverse else range(n):
+            yield across[..., p, None, None], added[:, :, p]
 
     def decay_gradient(self, sums, entries, last, back) -> jax.Array:
         """[B, T, K] from the [B, K, tiles, tokens] sums over channels of q dq - k dk.

@@ -47,9 +47,9 @@ class Shared(NamedTuple):
     free: Any
 
 
-@functools.partial(jax.jit, static_argnames=("call",))
-def summaries(call: Sweep, operands: Operands):
-    """[B, K, pieces - 1, Hk, Hv] float32: of all pieces but the one that the walk visits last."""
+@functools.partial(jax.jit, static_argnames=("call", "pieces"))
+def summaries(call: Sweep, pieces: int, operands: Operands):
+    """[B, K, pieces, Hk, Hv] float32, in the order of tokens: of those pieces that the walk visits first."""
     cut = call.cut
     (B, _, K, Hk), Hv, dtype = operands.k.shape, operands.v.shape[-1], operands.v.dtype
     nk, nv = Hk // TILE, Hv // TILE
@@ -58,7 +58,7 @@ def summaries(call: Sweep, operands: Operands):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         order, at = lax.div(cta, cut.heads), lax.rem(cta, cut.heads)
         batch, head = lax.div(at, K), lax.rem(at, K)
-        p = order + 1 if call.reverse else order
+        p = order + cut.pieces - pieces if call.reverse else order
         length = jnp.minimum(cut.length, cut.chunks - p * cut.length)
         count = operands.counts[batch, head, p]
         stages = shared.k.shape[0]
@@ -120,5 +120,5 @@ def summaries(call: Sweep, operands: Operands):
         ready=ring(num_arrivals=nk + nv),
         free=ring(num_arrivals=nv),
     )
-    out = jax.ShapeDtypeStruct((B, K, cut.pieces - 1, Hk, Hv), jnp.float32)
-    return run(linear_attention_summaries, out, shared, cut.heads * (cut.pieces - 1), nv, operands)
+    out = jax.ShapeDtypeStruct((B, K, pieces, Hk, Hv), jnp.float32)
+    return run(linear_attention_summaries, out, shared, cut.heads * pieces, nv, operands)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention.spec import Inputs, Options, Spec, form, log_decays, wide
 from blockjax.kernels.linear_attention.xla import chunks
-from blockjax.kernels.linear_attention.xla.chunks import Chunks
+from blockjax.kernels.linear_attention.xla.chunks import Chunks, Walk
 from blockjax.kernels.platforms import vary, varying_axes
 from jax import lax
 
@@ -24,30 +24,32 @@ def supports(spec: Spec) -> str | None:
     return None
 
 
-def forward_pass(inputs: Inputs, options: Options):
-    """The residuals are the states [spans, B, K, 1, Hk, Hv] before each span."""
-    cut = Cut.of(inputs, options)
+def forward_pass(inputs: Inputs, options: Options, walk: Walk = chunks.walk, span: int = SPAN):
+    """The residuals are the states [spans, B, K, 1, Hk, Hv] before each span of at most `span` tokens."""
+    cut = Cut.of(inputs, options, span)
 
-    def span(state, x):
-        o, after = chunks.forward(x, state)
+    def step(state, x):
+        o, after = chunks.forward(x, state, walk)
         return after, (o, state)
 
     with precision(inputs.q.dtype):
-        state, (o, entries) = lax.scan(span, cut.state(inputs), cut.chunks(inputs))
+        state, (o, entries) = lax.scan(step, cut.state(inputs), cut.chunks(inputs))
     return (cut.tokens(o).astype(inputs.q.dtype), state[:, :, 0]), entries
 
 
-def backward_pass(inputs: Inputs, entries, do, dstate, options: Options) -> Inputs:
-    cut = Cut.of(inputs, options)
+def backward_pass(
+    inputs: Inputs, entries, do, dstate, options: Options, walk: Walk = chunks.walk, span: int = SPAN
+) -> Inputs:
+    cut = Cut.of(inputs, options, span)
 
-    def span(dstate, xs):
+    def step(dstate, xs):
         x, state, do = xs
-        gradients, dstate = chunks.backward(x, state, do, dstate)
+        gradients, dstate = chunks.backward(x, state, do, dstate, walk)
         return dstate, gradients
 
     with precision(inputs.q.dtype):
         xs = cut.chunks(inputs), entries, cut.cut(do, heads=inputs.k.shape[2])
-        dstate, gradients = lax.scan(span, dstate[:, :, None], xs, reverse=True)
+        dstate, gradients = lax.scan(step, dstate[:, :, None], xs, reverse=True)
     return cut.gradients(inputs, gradients, dstate[:, :, 0])
 
 
@@ -64,12 +66,12 @@ class Cut:
         self.spans = -(-T // (C * n))
 
     @classmethod
-    def of(cls, inputs: Inputs, options: Options) -> "Cut":
+    def of(cls, inputs: Inputs, options: Options, span: int = SPAN) -> "Cut":
         T = inputs.q.shape[1]
         C = options.chunk or CHUNK
         C = min(C, 1 << (T - 1).bit_length())
         count = -(-T // C)
-        spans = -(-count * C // max(SPAN, C))
+        spans = -(-count * C // max(span, C))
         return cls(T, C, -(-count // spans), options.scale, inputs.q.dtype)
 
     def cut(self, x: jax.Array, heads: int) -> jax.Array:

@@ -12,6 +12,7 @@ Derivation and the form without a gradient through T: Gated DeltaNet, arXiv:2412
 arXiv:2510.26692. The gradient of G is q dq + k dk_read - k dk_write: no product of its own.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -70,6 +71,10 @@ def walk(steps: Step, state: jax.Array, reverse: bool = False) -> tuple[jax.Arra
     return lax.scan(lambda S, step: (step(S), S), state, steps, reverse=reverse)
 
 
+Walk = Callable[[Step, jax.Array, bool], tuple[jax.Array, jax.Array]]
+"""What does as `walk`: the only part of a span that is serial."""
+
+
 def steps_of(x: Chunks) -> tuple[Decays, Step, jax.Array | None]:
     """Decays, the steps of the states, and the inverses T for the delta rule."""
     decays = Decays.of(x.log_decay, x.documents, x.before)
@@ -81,10 +86,10 @@ def steps_of(x: Chunks) -> tuple[Decays, Step, jax.Array | None]:
     return decays, Step(decays.across, None, leaving, seen, read), T
 
 
-def forward(x: Chunks, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(x: Chunks, state: jax.Array, walk: Walk = walk) -> tuple[jax.Array, jax.Array]:
     """`o` [n, B, K, G, C, Hv] and the last state [B, K, 1, Hk, Hv]."""
     decays, steps, _ = steps_of(x)
-    state, entries = walk(steps, state)
+    state, entries = walk(steps, state, False)
     written = x.v if x.beta is None else steps.values(entries)
     return (decays.enter * x.q) @ entries + decays.scores(x.q, x.k) @ written, state
 
@@ -99,12 +104,12 @@ def steps_back(x: Chunks, do, decays: Decays, T: jax.Array | None) -> tuple[Step
     return Step(decays.across, into, -reading, _t(T) @ local, -(_t(T) @ leaving)), local
 
 
-def backward(x: Chunks, state, do, dstate) -> tuple[Chunks, jax.Array]:
+def backward(x: Chunks, state, do, dstate, walk: Walk = walk) -> tuple[Chunks, jax.Array]:
     """Gradients of the chunks and of the state that enters, for those of `o` and of the last state."""
     decays, steps, T = steps_of(x)
-    _, S = walk(steps, state)
+    _, S = walk(steps, state, False)
     back, local = steps_back(x, do, decays, T)
-    dstate, R = walk(back, dstate, reverse=True)
+    dstate, R = walk(back, dstate, True)
     written = x.v if T is None else steps.values(S)
 
     dp = do @ _t(written)

@@ -2,6 +2,9 @@
 
 Where a sequence is cut over devices each summarises its own run, the maps are composed, and each calls the
 op on the state that enters. Likewise for gradients, from the last device to the first.
+
+A backend may have a module of this name in its place, whose functions also return what its passes take as
+`added`: here None, since these passes take nothing.
 """
 
 import jax
@@ -13,10 +16,10 @@ from jax import lax
 from blockjax.affine import Affine
 
 
-def forward(inputs: Inputs, options: Options) -> Affine:
+def forward(inputs: Inputs, options: Options) -> tuple[Affine, None]:
     """The map of the state, float32; `inputs.state` is not looked at."""
     if options.kind == "delta":
-        return _delta(inputs, options)
+        return _delta(inputs, options), None
     with precision(inputs.q.dtype):
         g, dtype = log_decays(inputs), wide(inputs.q.dtype)
         last = None if inputs.documents is None else inputs.documents[:, -1:]
@@ -25,19 +28,19 @@ def forward(inputs: Inputs, options: Options) -> Affine:
         N = jnp.einsum("BTKi,BTKj->BKij", leave * inputs.k.astype(dtype), inputs.v.astype(dtype))
         M = jnp.exp(jnp.sum(g, axis=1))
         M = M if last is None else jnp.where((last == 0)[..., None], M, 0)
-    return Affine(M[..., None], N)
+    return Affine(M[..., None], N), None
 
 
-def backward(inputs: Inputs, do: jax.Array, options: Options) -> jax.Array:
+def backward(inputs: Inputs, do: jax.Array, options: Options) -> tuple[jax.Array, None]:
     """The gradient [B, K, Hk, Hv] of the state that enters, if nothing depends on the one that leaves."""
     if options.kind == "delta":
-        return _delta_back(inputs, do, options)
+        return _delta_back(inputs, do, options), None
     with precision(inputs.q.dtype):
         dtype, (B, T, K, Hk) = wide(inputs.q.dtype), inputs.k.shape
         enter = _where(inputs, 0, jnp.exp(jnp.cumsum(log_decays(inputs), axis=1)))
         q = enter[..., None, :] * inputs.q.reshape(B, T, K, -1, Hk).astype(dtype)
         do = do.reshape(*q.shape[:-1], -1).astype(dtype)
-        return options.scale * jnp.einsum("BTKGi,BTKGj->BKij", q, do)
+        return options.scale * jnp.einsum("BTKGi,BTKGj->BKij", q, do), None
 
 
 def _where(inputs: Inputs, document, weights: jax.Array) -> jax.Array:
