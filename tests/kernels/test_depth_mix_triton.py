@@ -17,8 +17,8 @@ from blockjax.kernels.platforms import Target
 
 from blockjax.errors import UsageError
 from tests.kernels.depth_mix_suite import DepthMixSuite, rand, sources_of
+from tests.kernels.targets import H100
 
-H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
 SPEC = Spec(H100, jnp.dtype("bfloat16"), "read", n=8, R=1, tokens=16384, M=4096, heads=1)
 
 

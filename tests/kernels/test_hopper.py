@@ -28,8 +28,7 @@ from tests.kernels.block_sparse_attention_suite import (
     random_blocks,
     run,
 )
-
-H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
+from tests.kernels.targets import H100
 
 
 def spec(**changes):

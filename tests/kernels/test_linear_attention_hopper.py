@@ -20,8 +20,7 @@ from tests.kernels.linear_attention_suite import (
     make,
     rand,
 )
-
-H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
+from tests.kernels.targets import H100
 
 
 def spec(**changes):

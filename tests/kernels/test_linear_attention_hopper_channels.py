@@ -10,7 +10,6 @@ import pytest
 from blockjax.kernels.linear_attention import api, hopper, passes, reference
 from blockjax.kernels.linear_attention.hopper import walk
 from blockjax.kernels.linear_attention.spec import Inputs, Options
-from blockjax.kernels.platforms import Target
 
 from tests.kernels.linear_attention_suite import (
     assert_close,
@@ -20,8 +19,7 @@ from tests.kernels.linear_attention_suite import (
     make,
     rand,
 )
-
-H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
+from tests.kernels.targets import H100
 
 
 def plain_states(reverse, x):

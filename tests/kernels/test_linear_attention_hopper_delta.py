@@ -9,11 +9,9 @@ import pytest
 from blockjax.kernels.linear_attention import api, hopper, linear_attention, passes, reference, xla
 from blockjax.kernels.linear_attention.hopper import TILE, delta, delta_backward, delta_forward
 from blockjax.kernels.linear_attention.spec import Inputs, Options
-from blockjax.kernels.platforms import Target
 
 from tests.kernels.linear_attention_suite import assert_close, assert_close_to_xla, make, rand
-
-H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
+from tests.kernels.targets import H100
 
 
 class Plain:

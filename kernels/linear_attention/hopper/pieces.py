@@ -58,7 +58,7 @@ class Plan:
         return Decays(None, self.tokens, self.tokens, jnp.exp2(self.logs), outside)
 
     def added(self, k, v, pieces: int, reverse: bool = False, write: float = 1.0) -> jax.Array:
-        """[B, K, pieces, Hk, Hv] float32, what those pieces add to the state that a walk visits first."""
+        """[B, K, pieces, Hk, Hv] float32, what pieces add to the state: those that a walk visits first."""
         call = Sweep(self.cut, reverse, self.documents, write=write)
         return summaries(call, pieces, Operands(k, v, self.decays(reverse), self._counts(reverse)))
 
