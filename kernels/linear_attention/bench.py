@@ -56,7 +56,7 @@ class Case:
             gates["log_decay"] = -slopes * jax.random.exponential(key, shape[:3])
         if self.kind == "delta":
             k = (k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True)).astype(self.dtype)
-            gates["beta"] = jax.random.uniform(key, shape[:3])
+            gates["beta"] = jax.random.uniform(jax.random.fold_in(key, 1), shape[:3])
         return Arrays(self.kind, q, k, v, do, fixed, gates)
 
     def runners(self, implementation: str | None) -> dict[str, Runner]:
