@@ -26,6 +26,7 @@ from blockjax.kernels.linear_attention.api import (
     checked,
     checked_ids,
     count_documents,
+    is_shared,
     select,
     without_padding,
 )
@@ -106,6 +107,7 @@ def linear_attention(
         # Documents are counted along the sequence.
         documents = count_documents(layout.restore(ids))
         inputs = without_padding(inputs, ids >= 0)._replace(documents=layout.apply(starts(documents)))
+    options |= dict(shared_decay=is_shared(log_decay))
     static = _Static(axis, devices, pieces, tuple(options.items()))
     o, state = _shard(static, mesh, (axis_names(batch) or None, axis, axis_names(heads) or None), inputs)
     o = o if laid else layout.restore(o)
@@ -141,7 +143,8 @@ class _Static:
 
     def select(self, inputs: Inputs):
         options = dict(self.options)
-        return select(inputs, *(options[x] for x in ("kind", "scale", "chunk_size", "implementation")))
+        names = "kind", "scale", "chunk_size", "implementation", "shared_decay"
+        return select(inputs, *(options[x] for x in names))
 
     @property
     def last(self) -> int:

@@ -71,7 +71,7 @@ def linear_attention(
             serve them.
     """
     inputs = checked(q, k, v, log_decay, beta, kind, initial_state, segment_ids)
-    backend, options = select(inputs, kind, scale, chunk_size, implementation)
+    backend, options = select(inputs, kind, scale, chunk_size, implementation, is_shared(log_decay))
     o, state = passes.run(backend, inputs, options)
     return (o, state) if return_state else o
 
@@ -142,6 +142,7 @@ def select(
     scale: float | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
+    shared_decay: bool = False,
 ):
     """The backend for a call, and its options; raises `UsageError` if a named one cannot serve it."""
     if scale is not None and not isinstance(scale, int | float):
@@ -158,7 +159,13 @@ def select(
         documents=inputs.documents is not None,
         chunk=chunk,
     )
-    return BACKENDS[choose(spec, implementation)], Options(kind, Hk**-0.5 if scale is None else scale, chunk)
+    options = Options(kind, Hk**-0.5 if scale is None else scale, chunk, shared_decay)
+    return BACKENDS[choose(spec, implementation)], options
+
+
+def is_shared(log_decay) -> bool:
+    """Whether it is one number a head."""
+    return log_decay is not None and jnp.ndim(log_decay) == 1
 
 
 def choose(spec: Spec, implementation: str | None = None) -> str:

@@ -87,10 +87,7 @@ def names(case: Case) -> tuple[str, ...]:
 
 
 def make(case: Case):
-    """Random arguments, and cotangents of `o` and the last state; three documents a row.
-
-    One document where a decay is that of all tokens: others would make it one of each token.
-    """
+    """Random arguments, and cotangents of `o` and the last state; two documents a row."""
     (kind, decay, T, N, K, Hk, Hv), rng, B = case.size, np.random.default_rng(0), 2
     dtype = CHECKED[case.implementation].dtype
 
@@ -107,7 +104,6 @@ def make(case: Case):
     if kind == "delta":
         args["beta"] = jnp.asarray(rng.uniform(size=(B, T, K)), "float32")
     ids = jnp.asarray(np.arange(T) >= np.array([[T // 3], [T // 2]]), jnp.int32)
-    ids = None if decay == "head" else ids
     return args, ids, (draw(B, T, N, Hv, dtype=dtype), draw(B, K, Hk, Hv))
 
 

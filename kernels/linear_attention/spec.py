@@ -79,11 +79,18 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a pass needs besides its arrays; `chunk` is None for the backend's own number of tokens."""
+    """What a pass needs besides its arrays.
+
+    Attributes:
+      chunk: tokens that are worked on at once, None for the backend's own number.
+      shared_decay: whether all tokens have the same log-decays, also where `Inputs.log_decay` names them
+        token by token: their gradients will be summed, where what rounding leaves of each does not cancel.
+    """
 
     kind: str
     scale: float
     chunk: int | None = None
+    shared_decay: bool = False
 
 
 def form(log_decay: jax.Array | None) -> str:

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blockjax.kernels.linear_attention import api
 from jax.sharding import AxisType
 
 import blockjax as bj
 from blockjax.errors import UsageError
-from blockjax.parallel import Layout
+from blockjax.parallel import Layout, recurrence
 from blockjax.parallel import linear_attention as sharded
 from tests.jaxprs import equations
 from tests.kernels.linear_attention_suite import FORMS, assert_close, cotangents_of, make
@@ -99,6 +100,26 @@ def test_one_device_along_the_axis():
     call = functools.partial(sharded, kind="delta", mesh=mesh_of(data=2, seq=1), batch="data")
     expected = bj.linear_attention(**args, kind="delta", implementation="reference")
     assert_close(jax.jit(lambda args: call(**args))(args), expected, 3e-5)
+
+
+@pytest.mark.parametrize("call", [bj.linear_attention, functools.partial(sharded, axis="seq")])
+def test_backends_learn_that_tokens_share_a_decay(call, monkeypatch):
+    """With documents they are given one for each token: its gradients are to be summed."""
+    seen = []
+
+    def backend(*args):
+        chosen, options = select(*args)
+        seen.append(options.shared_decay)
+        return chosen, options
+
+    select = api.select
+    for module in (api, recurrence):
+        monkeypatch.setattr(module, "select", backend)
+    for decay in ("head", "token"):
+        args = arguments(("decay", decay))
+        mesh = {} if call is bj.linear_attention else dict(mesh=mesh_of(seq=1))
+        jax.eval_shape(functools.partial(call, kind="decay", segment_ids=IDS, **mesh), **args)
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize(("devices", "rounds"), [(2, 1), (4, 3), (8, 4)])

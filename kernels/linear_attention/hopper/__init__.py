@@ -85,11 +85,15 @@ def backward_pass(inputs: Inputs, residuals, do, dstate, options: Options, added
         return xla.backward_pass(inputs, residuals, do, dstate, options, *_walk(inputs))
     G = queries(inputs)
     if G == 1:
-        return _backward_pass(inputs, residuals, do, dstate, options, added)
-    # Of a state's copies the first is the one that was returned.
-    dstate = jnp.repeat(dstate, G, 1) * (jnp.arange(G * dstate.shape[1]) % G == 0)[:, None, None]
-    gradients = _backward_pass(a_query(inputs, G), residuals, do, dstate, options, added)
-    return _over_queries(gradients, G)
+        gradients = _backward_pass(inputs, residuals, do, dstate, options, added)
+    else:
+        # Of a state's copies the first is the one that was returned.
+        own = jnp.repeat(dstate, G, 1) * (jnp.arange(G * dstate.shape[1]) % G == 0)[:, None, None]
+        gradients = _backward_pass(a_query(inputs, G), residuals, do, own, options, added)
+        gradients = _over_queries(gradients, G)
+    if options.shared_decay or form(inputs.log_decay) == "head":
+        gradients = gradients._replace(log_decay=gradient_of_decays(inputs, do, dstate, options))
+    return gradients
 
 
 def queries(inputs: Inputs) -> int:
@@ -161,8 +165,6 @@ def _backward_pass(inputs: Inputs, residuals, do, dstate, options: Options, adde
     dlog = None
     if a_token:
         dlog = plan.decay_gradient(reads - writes, entries, last, back)[:, :T]
-    elif inputs.log_decay is not None:
-        dlog = gradient_of_rates(inputs, do[:, :T], dstate, options)
     dstate = None if inputs.state is None else dinitial
     return Inputs(dq[:, :T], dk[:, :T], dv[:, :T], dlog, None, None, dstate)
 
@@ -175,10 +177,10 @@ def _walk(inputs: Inputs):
     return functools.partial(walk, dtype=inputs.q.dtype), max(TILE, SPAN_TOKENS // (B * K))
 
 
-def gradient_of_rates(inputs: Inputs, do, dstate, options: Options):
-    """Of a decay that is the same for all tokens, by XLA; dropped by the compiler where nobody asks for it.
+def gradient_of_decays(inputs: Inputs, do, dstate, options: Options):
+    """Of log-decays that all tokens share, by XLA; dropped by the compiler where nobody asks for it.
 
-    Sums over products of the kernels would cancel to less than their rounding here.
+    The sum over tokens of what the kernels make of rounded products would cancel to less than its rounding.
     """
     _, residuals = xla.forward_pass(inputs, options)
     return xla.backward_pass(inputs, residuals, do, dstate, options).log_decay

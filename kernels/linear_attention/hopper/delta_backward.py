@@ -27,10 +27,9 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     BETA,
     ENTER,
     LEAVE,
-    ROWS,
     Chunk,
-    Tokens,
     added,
+    ask_again,
     meet,
     off_diagonal,
     products,
@@ -47,6 +46,7 @@ class Back(NamedTuple):
 
     Attributes:
       q, k: [B, T, K, Hk]; do: [B, T, K, Hv]; solve: U [B, K, chunks, 64, 64].
+      numbers: see `delta_parts.py`.
       errors: E like do; entries: [B, K, pieces, Hk, Hv] float32, the R that enter the pieces at their ends.
         Both None for `added_back`.
     """
@@ -55,25 +55,28 @@ class Back(NamedTuple):
     k: Any
     do: Any
     solve: Any
-    tokens: Tokens
+    numbers: Any
     errors: Any = None
     entries: Any = None
 
 
 class BackShared(NamedTuple):
-    """Shared memory: rings, then of each warpgroup R, three buffers; barriers."""
+    """Shared memory: a ring, another of what is used first; each warpgroup's R and buffers; barriers."""
 
     q: Any
     k: Any
     do: Any
     errors: Any
     solve: Any
+    numbers: Any
     state: Any
     values: Any
     writes: Any
     dv: Any
     ready: Any
     free: Any
+    first_ready: Any
+    first_free: Any
     met: Any
 
 
@@ -123,9 +126,7 @@ def _back(call: Walk, operands: Back, out):
             return p * cut.length + length - 1 - i
 
         def multiply():
-            values, writes, state = (x.at[wg] for x in (shared.values, shared.writes, shared.state))
-
-            def publish(R):
+            def publish(state, R):
                 for h in range(nk):
                     state.at[h][...] = R[h].astype(dtype)
                 plgpu.commit_smem()
@@ -137,16 +138,20 @@ def _back(call: Walk, operands: Back, out):
                 return plgpu.load(here, layout=WGMMA, optimized=False)
 
             R = tuple(entry(h) for h in range(nk))
-            publish(R)
+            publish(shared.state.at[wg], R)
 
             def step(i, R):
+                wg = ask_again()
+                values, writes, state = (x.at[wg] for x in (shared.values, shared.writes, shared.state))
                 slot, index, position = lax.rem(i, stages), chunk_of(i), length - 1 - i
-                chunk = operands.tokens.chunk(batch, head, index)
+                early = lax.rem(i, firsts)
+                plgpu.barrier_wait(shared.first_ready.at[early])
+                chunk, solve = Chunk(shared.numbers.at[early]), shared.solve.at[early]
                 keys = [shared.k.at[slot, h] for h in range(nk)]
                 queries = [shared.q.at[slot, h] for h in range(nk)]
-                do, solve = shared.do.at[slot, wg], shared.solve.at[slot]
+                do = shared.do.at[slot, wg]
                 enter, beta = chunk.row(ENTER), chunk.row(BETA)
-                leave, decays = chunk.row(LEAVE), chunk.decays(transposed=True)
+                leave, across, decays = chunk.row(LEAVE), chunk.across(), chunk.decays(transposed=True)
                 plgpu.barrier_wait(shared.ready.at[slot])
                 scores, dw = products(
                     [(keys[h], queries[h].T) for h in range(nk)],
@@ -162,6 +167,7 @@ def _back(call: Walk, operands: Back, out):
                 writes[...] = (read * tile(enter * call.scale)).astype(dtype)
                 plgpu.commit_smem()
                 (y,) = added([dw], lambda: [[(solve.T, values)]])
+                plgpu.barrier_arrive(shared.first_free.at[early])
                 dv = y * tile(beta)
                 values[...] = (dv * tile(-enter)).astype(dtype)
 
@@ -169,12 +175,12 @@ def _back(call: Walk, operands: Back, out):
                     tiles = [(shared.q.at[slot, h], shared.k.at[slot, h]) for h in range(nk)]
                     return [[(query.T, writes), (key.T, values)] for query, key in tiles]
 
-                R = [r * chunk.across for r in R]
+                R = [r * across for r in R]
                 if adding:
                     plgpu.commit_smem()
                     R = added(R, updates)
                     plgpu.barrier_arrive(shared.free.at[slot])
-                    publish(R)
+                    publish(state, R)
                     return R
                 shared.dv.at[wg][...] = dv.astype(dtype)
                 plgpu.commit_smem()
@@ -215,7 +221,7 @@ def _back(call: Walk, operands: Back, out):
 
                 for j, h, mine in _own(wg, nk, nv):
                     _when(mine, functools.partial(put, h, (writes, values)[j]))
-                publish(R)
+                publish(state, R)
 
                 @pl.when((lax.rem(position, MARK) == 0) & (position > 0))
                 def _():
@@ -250,28 +256,37 @@ def _back(call: Walk, operands: Back, out):
                     for h in range(n):
                         here = piece(source, batch, head, index * TILE, h)
                         plgpu.copy_gmem_to_smem(here, buffers.at[slot, h], ready)
-                plgpu.copy_gmem_to_smem(operands.solve.at[batch, head, index], shared.solve.at[slot], ready)
+                early = lax.rem(i, firsts)
+                pl.when(i >= firsts)(lambda: plgpu.barrier_wait(shared.first_free.at[early]))
+                ready = shared.first_ready.at[early]
+                for source, buffers in ((operands.solve, shared.solve), (operands.numbers, shared.numbers)):
+                    plgpu.copy_gmem_to_smem(source.at[batch, head, index], buffers.at[early], ready)
 
             lax.fori_loop(0, length, step, None)
 
         share_out(wg, nv, multiply, copy)
 
-    moving = 2 * nk + nv + 1 + (0 if adding else nv)
+    moving = 2 * nk + nv + (0 if adding else nv)
     held = nv * (nk + (2 if adding else 3))
     size = TILE * TILE * jnp.dtype(dtype).itemsize
-    stages = min(4, (SHARED_MEMORY // size - held) // moving)
+    # All that has room; where sums of pieces are all, the chunk ends soon after the solve.
+    stages = min(4, (SHARED_MEMORY // size - 1 - held) // (moving + adding))
+    firsts = stages if adding else 1
     shared = BackShared(
         q=tiles(stages, nk, dtype=dtype),
         k=tiles(stages, nk, dtype=dtype),
         do=tiles(stages, nv, dtype=dtype),
         errors=None if adding else tiles(stages, nv, dtype=dtype),
-        solve=tiles(stages, dtype=dtype),
+        solve=tiles(firsts, dtype=dtype),
+        numbers=ring(firsts),
         state=tiles(nv, nk, dtype=dtype),
         values=tiles(nv, dtype=dtype),
         writes=tiles(nv, dtype=dtype),
         dv=None if adding else tiles(nv, dtype=dtype),
         ready=plgpu.Barrier(num_arrivals=moving, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=nv, num_barriers=stages),
+        first_ready=plgpu.Barrier(num_arrivals=2, num_barriers=firsts),
+        first_free=plgpu.Barrier(num_arrivals=nv, num_barriers=firsts),
         met=None if adding else plgpu.Barrier(num_arrivals=nv),
     )
     pieces = cut.pieces - 1 if adding else cut.pieces
@@ -293,7 +308,7 @@ class Ahead(NamedTuple):
     dv: Any
     errors: Any
     writes: Any
-    tokens: Tokens
+    numbers: Any
     entries: Any
 
 
@@ -305,8 +320,7 @@ class AheadShared(NamedTuple):
     do: Any
     dv: Any
     errors: Any
-    rows: Any
-    columns: Any
+    numbers: Any
     dq: Any
     dk: Any
     state: Any
@@ -333,9 +347,7 @@ def ahead(call: Walk, operands: Ahead):
         stages = shared.k.shape[0]
 
         def multiply():
-            values, state = shared.values.at[wg], shared.state.at[wg]
-
-            def publish(S):
+            def publish(state, S):
                 for h in range(nk):
                     state.at[h][...] = S[h].astype(dtype)
                 plgpu.commit_smem()
@@ -345,14 +357,15 @@ def ahead(call: Walk, operands: Ahead):
                 return plgpu.load(here, layout=WGMMA, optimized=False)
 
             S = tuple(entry(h) for h in range(nk))
-            publish(S)
+            publish(shared.state.at[wg], S)
 
             def step(i, S):
+                wg = ask_again()
+                values, state = shared.values.at[wg], shared.state.at[wg]
                 slot, index = lax.rem(i, stages), p * cut.length + i
-                across = operands.tokens.across[batch, head, index]
                 plgpu.barrier_wait(shared.ready.at[slot])
-                chunk = Chunk(shared.rows.at[slot], shared.columns.at[slot], across)
-                enter, beta = chunk.row(ENTER), chunk.row(BETA)
+                chunk = Chunk(shared.numbers.at[slot])
+                enter, beta, across = chunk.row(ENTER), chunk.row(BETA), chunk.across()
                 weights = chunk.decays() * chunk.column(BETA)
                 e = plgpu.load(shared.errors.at[slot, wg], layout=WGMMA).astype(jnp.float32)
                 values[...] = (e * tile(chunk.row(LEAVE) * beta)).astype(dtype)
@@ -364,7 +377,7 @@ def ahead(call: Walk, operands: Ahead):
 
                 pl.when(i > 0)(stored)
                 S = added(
-                    [s * chunk.across for s in S],
+                    [s * across for s in S],
                     lambda: [[(shared.k.at[slot, h].T, values)] for h in range(nk)],
                 )
                 # All of S is there now.
@@ -404,7 +417,7 @@ def ahead(call: Walk, operands: Ahead):
                 plgpu.barrier_arrive(shared.free.at[slot])
                 # All have read S.
                 meet(shared.met)
-                publish(S)
+                publish(state, S)
                 return S
 
             lax.fori_loop(0, length, step, S)
@@ -423,8 +436,8 @@ def ahead(call: Walk, operands: Ahead):
                     for h in range(n):
                         here = piece(source, batch, head, index * TILE, h)
                         plgpu.copy_gmem_to_smem(here, buffers.at[slot, h], ready)
-                operands.tokens.copy(
-                    batch, head, index, Chunk(shared.rows, shared.columns, None), slot, ready
+                plgpu.copy_gmem_to_smem(
+                    operands.numbers.at[batch, head, index], shared.numbers.at[slot], ready
                 )
                 pl.when(i > 0)(lambda: plgpu.barrier_wait(shared.late_free))
                 for source, buffers in ((operands.q, shared.dq), (operands.writes, shared.dk)):
@@ -438,19 +451,18 @@ def ahead(call: Walk, operands: Ahead):
 
     moving, held = nk + 3 * nv, nv * nk + 2 * nk + nv
     size = TILE * TILE * jnp.dtype(dtype).itemsize
-    stages = min(4, ((SHARED_MEMORY - 8 * ROWS) // size - held) // moving)
+    stages = min(4, (SHARED_MEMORY // size - 1 - held) // moving)
     shared = AheadShared(
         k=tiles(stages, nk, dtype=dtype),
         do=tiles(stages, nv, dtype=dtype),
         dv=tiles(stages, nv, dtype=dtype),
         errors=tiles(stages, nv, dtype=dtype),
-        rows=ring(stages).rows,
-        columns=ring(stages).columns,
+        numbers=ring(stages),
         dq=tiles(nk, dtype=dtype),
         dk=tiles(nk, dtype=dtype),
         state=tiles(nv, nk, dtype=dtype),
         values=tiles(nv, dtype=dtype),
-        ready=plgpu.Barrier(num_arrivals=moving + 2, num_barriers=stages),
+        ready=plgpu.Barrier(num_arrivals=moving + 1, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=nv, num_barriers=stages),
         late_ready=plgpu.Barrier(num_arrivals=2 * nk),
         late_free=plgpu.Barrier(num_arrivals=nv),

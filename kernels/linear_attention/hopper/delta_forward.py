@@ -18,10 +18,9 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     BETA,
     ENTER,
     LEAVE,
-    ROWS,
     Chunk,
-    Tokens,
     added,
+    ask_again,
     places,
     products,
     ring,
@@ -39,14 +38,14 @@ class Operands(NamedTuple):
     """Arrays; references inside a kernel.
 
     Attributes:
-      k: [B, T, K, Hk]; v: [B, T, K, Hv]; solve: U [B, K, chunks, 64, 64].
+      k: [B, T, K, Hk]; v: [B, T, K, Hv]; solve: U [B, K, chunks, 64, 64]; numbers: see `delta_parts.py`.
       q: like k; entries: [B, K, pieces, Hk, Hv] float32, the states that enter the pieces. Not for maps.
     """
 
     k: Any
     v: Any
     solve: Any
-    tokens: Tokens
+    numbers: Any
     q: Any = None
     entries: Any = None
 
@@ -58,8 +57,7 @@ class Shared(NamedTuple):
     k: Any
     v: Any
     solve: Any
-    rows: Any
-    columns: Any
+    numbers: Any
     state: Any
     values: Any
     errors: Any
@@ -111,7 +109,10 @@ def maps(call: Walk, operands: Operands):
 
 
 def _walk(call: Walk, operands: Operands, out, columns: int):
-    """Of `columns` tiles of the state; those after the values are of the identity, for maps."""
+    """Of `columns` tiles of the state; those after the values are of the identity, for maps.
+
+    More than two are shared out among CTAs side by side, so that they find in the cache what the first loads.
+    """
     cut, mapping = call.cut, operands.entries is None
     (_, _, K, Hk), Hv, dtype = operands.k.shape, operands.v.shape[-1], operands.v.dtype
     nk, nv = Hk // TILE, Hv // TILE
@@ -121,18 +122,14 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
     def linear_attention_delta_forward(operands, *refs):
         *out, shared = refs
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        group, at = lax.div(cta, cut.heads * cut.pieces), lax.rem(cta, cut.heads * cut.pieces)
+        at, group = lax.div(cta, groups), lax.rem(cta, groups)
         p, at = lax.div(at, cut.heads), lax.rem(at, cut.heads)
         batch, head = lax.div(at, K), lax.rem(at, K)
         length = jnp.minimum(cut.length, cut.chunks - p * cut.length)
         stages = shared.k.shape[0]
 
         def multiply():
-            column = group * wgs + wg
-            values, writes, state = (x.at[wg] for x in (shared.values, shared.writes, shared.state))
-            errors = None if mapping else shared.errors.at[wg]
-
-            def publish(S):
+            def publish(state, S):
                 for h in range(nk):
                     state.at[h][...] = S[h].astype(dtype)
                 plgpu.commit_smem()
@@ -142,22 +139,25 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
                     here = block(operands.entries, batch, head, p, row=h, column=wg)
                     return plgpu.load(here, layout=WGMMA, optimized=False)
                 row, lane = places()
-                return jnp.where(row + h * TILE == lane + (column - nv) * TILE, 1.0, 0.0)
+                return jnp.where(row + h * TILE == lane + (group * wgs + wg - nv) * TILE, 1.0, 0.0)
 
             S = tuple(entry(h) for h in range(nk))
-            publish(S)
+            publish(shared.state.at[wg], S)
 
             def step(i, S):
+                wg = ask_again()
+                column = group * wgs + wg
+                values, writes, state = (x.at[wg] for x in (shared.values, shared.writes, shared.state))
+                errors = None if mapping else shared.errors.at[wg]
                 slot, index = lax.rem(i, stages), p * cut.length + i
-                across = operands.tokens.across[batch, head, index]
                 solve = shared.solve.at[slot]
 
                 def keys():
                     return [shared.k.at[slot, h] for h in range(nk)]
 
                 plgpu.barrier_wait(shared.ready.at[slot])
-                chunk = Chunk(shared.rows.at[slot], shared.columns.at[slot], across)
-                enter, beta = chunk.row(ENTER), chunk.row(BETA)
+                chunk = Chunk(shared.numbers.at[slot])
+                enter, beta, across = chunk.row(ENTER), chunk.row(BETA), chunk.across()
                 reads = [(key, state.at[h]) for h, key in enumerate(keys())]
                 if mapping:
                     (seen,) = products(reads)
@@ -178,7 +178,7 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
                 plgpu.commit_smem()
                 (e,) = added([x], lambda: [[(solve, values)]])
                 writes[...] = (e * tile(chunk.row(LEAVE) * beta)).astype(dtype)
-                S = [s * chunk.across for s in S]
+                S = [s * across for s in S]
 
                 def updates():
                     return [[(key.T, writes)] for key in keys()]
@@ -187,7 +187,7 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
                     plgpu.commit_smem()
                     S = added(S, updates)
                     plgpu.barrier_arrive(shared.free.at[slot])
-                    publish(S)
+                    publish(state, S)
                     return tuple(S)
                 errors[...] = e.astype(dtype)
                 plgpu.commit_smem()
@@ -196,7 +196,7 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
                 o, *S = added([o, *S], lambda: [[(pairs, errors)], *updates()])
                 plgpu.barrier_arrive(shared.free.at[slot])
                 values[...] = o.astype(dtype)
-                publish(S)
+                publish(state, S)
                 for source, there in ((values, out[0]), (errors, out[1])):
                     plgpu.copy_smem_to_gmem(source, piece(there, batch, head, index * TILE, wg))
 
@@ -212,7 +212,7 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
             S = lax.fori_loop(0, length, step, S)
             for h in range(nk):
                 if mapping:
-                    store(block(out[0], batch, head, p, row=h, column=column), S[h])
+                    store(block(out[0], batch, head, p, row=h, column=group * wgs + wg), S[h])
                 else:
                     there = block(out[2], batch, head, row=h, column=wg)
                     pl.when(p == cut.pieces - 1)(lambda there=there, s=S[h]: store(there, s))
@@ -230,8 +230,8 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
                         here = piece(source, batch, head, index * TILE, h)
                         plgpu.copy_gmem_to_smem(here, buffers.at[slot, h], ready)
                 plgpu.copy_gmem_to_smem(operands.solve.at[batch, head, index], shared.solve.at[slot], ready)
-                operands.tokens.copy(
-                    batch, head, index, Chunk(shared.rows, shared.columns, None), slot, ready
+                plgpu.copy_gmem_to_smem(
+                    operands.numbers.at[batch, head, index], shared.numbers.at[slot], ready
                 )
 
             lax.fori_loop(0, length, step, None)
@@ -241,20 +241,19 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
     moving = nk + nv + 1 + (0 if mapping else nk)
     held = wgs * (nk + (2 if mapping else 3))
     size = TILE * TILE * jnp.dtype(dtype).itemsize
-    stages = min(4, ((SHARED_MEMORY - 8 * ROWS) // size - held) // moving)
+    # A tile for the numbers of up to four stages.
+    stages = min(4, (SHARED_MEMORY // size - 1 - held) // moving)
     shared = Shared(
         q=None if mapping else tiles(stages, nk, dtype=dtype),
         k=tiles(stages, nk, dtype=dtype),
         v=tiles(stages, nv, dtype=dtype),
         solve=tiles(stages, dtype=dtype),
-        rows=ring(stages).rows,
-        columns=ring(stages).columns,
+        numbers=ring(stages),
         state=tiles(wgs, nk, dtype=dtype),
         values=tiles(wgs, dtype=dtype),
         errors=None if mapping else tiles(wgs, dtype=dtype),
         writes=tiles(wgs, dtype=dtype),
-        ready=plgpu.Barrier(num_arrivals=moving + 2, num_barriers=stages),
+        ready=plgpu.Barrier(num_arrivals=moving + 1, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
     )
-    ctas = cut.heads * cut.pieces * groups
-    return run(linear_attention_delta_forward, out, shared, ctas, wgs, operands)
+    return run(linear_attention_delta_forward, out, shared, groups * cut.heads * cut.pieces, wgs, operands)

@@ -13,6 +13,7 @@ strictly lower, so what is rounded in E is the correction alone.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -22,59 +23,45 @@ from blockjax.kernels.linear_attention.hopper.parts import COLUMN, LOG2_E, ROW, 
 from blockjax.kernels.linear_attention.spec import Inputs
 from jax import lax
 
-COARSE, FINE, ENTER, LEAVE, BETA = range(5)
-"""Rows of `Tokens`; the first two are G in two parts, see `running_sums`."""
+COARSE, FINE, BETA, ENTER, LEAVE = range(5)
+"""Rows of `numbers`; the first two are G in two parts, see `running_sums`."""
+
+COLUMNS = 5
+"""The first three rows follow again from here: loads of one row in two layouts would become one, which has
+no layout."""
+
+NUMBERS = 8
+"""Rows."""
 
 
-ROWS = 5 * TILE * 4
-"""Their bytes."""
+def numbers(inputs: Inputs) -> jax.Array:
+    """[B, K, chunks, 8, 64] float32, of each token and head."""
+    rows = Rows.of(inputs, pl.cdiv(inputs.k.shape[1], TILE), TILE)
+    named = [rows.coarse, rows.fine, rows.beta, rows.enter, rows.leave]
+    return jnp.stack(jnp.broadcast_arrays(*named, *named[:3]), axis=3)
 
 
-class Tokens(NamedTuple):
-    """In global memory; references inside a kernel.
-
-    Attributes:
-      rows: [B, K, chunks, 5, 64] float32.
-      columns: the same array again. Loads of one place in two layouts would become one, which has no layout.
-      across: [B, K, chunks], what is left of a state after a chunk.
-    """
-
-    rows: Any
-    columns: Any
-    across: Any
-
-    @staticmethod
-    def of(inputs: Inputs) -> "Tokens":
-        rows = Rows.of(inputs, pl.cdiv(inputs.k.shape[1], TILE), TILE)
-        stacked = (rows.coarse, rows.fine, rows.enter, rows.leave, rows.beta)
-        stacked = jnp.stack(jnp.broadcast_arrays(*stacked), axis=3)
-        across = jnp.broadcast_to(rows.enter[..., -1], stacked.shape[:3])
-        return Tokens(stacked, stacked, across)
-
-    def chunk(self, batch, head, index) -> "Chunk":
-        at = batch, head, index
-        return Chunk(self.rows.at[at], self.columns.at[at], self.across[at])
-
-    def copy(self, batch, head, index, shared: "Chunk", slot, barrier) -> None:
-        """Into a slot of the ring `shared`: read from there, the loads are not waited for. Two arrivals."""
-        for source, ring in ((self.rows, shared.rows), (self.columns, shared.columns)):
-            plgpu.copy_gmem_to_smem(source.at[batch, head, index], ring.at[slot], barrier)
+def ring(stages: int) -> pl.MemoryRef:
+    """Shared memory for the numbers of as many chunks: read from there, they are not waited for."""
+    return plgpu.SMEM((stages, NUMBERS, TILE), jnp.float32)
 
 
 class Chunk(NamedTuple):
-    """Of one chunk inside a kernel: `rows` and `columns` [5, 64], and `across`."""
+    """The numbers of one chunk inside a kernel, [8, 64] in shared memory."""
 
-    rows: Any
-    columns: Any
-    across: Any
+    numbers: Any
 
     def row(self, which: int):
         """[64], a number for each row of a tile."""
-        return _load(self.rows, which, ROW)
+        return _load(self.numbers, which, ROW)
 
     def column(self, which: int):
         """A tile with that number in each column."""
-        return lax.broadcast_in_dim(_load(self.columns, which, COLUMN), (TILE, TILE), [1])
+        return lax.broadcast_in_dim(_load(self.numbers, COLUMNS + which, COLUMN), (TILE, TILE), [1])
+
+    def across(self):
+        """What is left of a state after the chunk."""
+        return self.numbers[ENTER, TILE - 1]
 
     def decays(self, transposed: bool = False):
         """D, or with the tokens that read along columns its transpose."""
@@ -83,12 +70,6 @@ class Chunk(NamedTuple):
         visible = row <= column if transposed else column <= row
         exponent = -exponent if transposed else exponent
         return jnp.where(visible, jnp.exp2(jnp.where(visible, exponent, 0.0)), 0.0)
-
-
-def ring(stages: int) -> Chunk:
-    """Shared memory for the rows of as many chunks."""
-    rows, columns = (plgpu.SMEM((stages, 5, TILE), jnp.float32) for _ in range(2))
-    return Chunk(rows, columns, None)
 
 
 def _load(ref, which: int, layout):
@@ -134,6 +115,30 @@ def added(tiles, pairs: Callable):
         plgpu.wgmma_wait(0)
 
     return lax.optimization_barrier(tuple(pl.run_state(multiply)([plgpu.ACC.init(x) for x in tiles])))
+
+
+def publish(ref, x) -> None:
+    """Stores a tile as the sum of as many of bfloat16 as `ref` has."""
+    for part in range(ref.shape[0] - 1):
+        high = cut_off(x)
+        ref.at[part][...] = high.astype(jnp.bfloat16)
+        x -= high
+    ref.at[ref.shape[0] - 1][...] = x.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+
+def cut_off(x):
+    """The first bits of each number, those that bfloat16 can hold, as float32."""
+    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 16))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def ask_again():
+    """The warpgroup, for use inside a loop over chunks.
+
+    With what is known before the loop the compiler makes all addresses there, more than registers can keep.
+    """
+    return lax.axis_index("wg")
 
 
 def meet(barrier) -> None:
