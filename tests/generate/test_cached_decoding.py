@@ -11,7 +11,6 @@ from blockjax.generate import KVCache, decode, prefill
 from blockjax.generate.cache import cache_size
 from blockjax.generate.sampler import Memory, Sampling, Settings, _generate
 from blockjax.models import Transformer
-from tests.cases import sampled
 from tests.models.tiny import random_model, tiny_config
 
 LENGTHS = np.array([1, 5, 17], np.int32)
@@ -74,7 +73,8 @@ def cached(model, tokens):
     return np.stack(results), memory.caches
 
 
-@pytest.mark.parametrize(("case",), sampled([(x,) for x in CASES], lambda x: x in ("tail", "loop", "bias")))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.sample("tail", "loop", "bias")
 def test_cached_logits_are_the_uncached_ones(case):
     options, sizes = CASES[case]
     model = make(**options)

@@ -91,6 +91,16 @@ def assert_equal(ours, theirs):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def exhaustive(test):
+    """A test of one suite, left to `make test-all` there alone."""
+
+    @functools.wraps(test)
+    def call(*args, **kwargs):
+        test(*args, **kwargs)
+
+    return pytest.mark.exhaustive(call)
+
+
 def exhaustive_but(*kept):
     """Leaves all tests of a suite but these to `make test-all`: compiling them takes long."""
 
@@ -98,12 +108,7 @@ def exhaustive_but(*kept):
         for name in dir(suite):
             test = getattr(suite, name)
             if name.startswith("test_") and test is not None and name not in kept:
-
-                @functools.wraps(test)
-                def call(*args, test=test, **kwargs):
-                    test(*args, **kwargs)
-
-                setattr(suite, name, pytest.mark.exhaustive(call))
+                setattr(suite, name, exhaustive(test))
         return suite
 
     return decorate

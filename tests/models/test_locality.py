@@ -9,7 +9,6 @@ from flax import nnx
 from blockjax.errors import UsageError
 from blockjax.models import Transformer
 from blockjax.models.layer_spec import unstack
-from tests.cases import sampled
 from tests.models.tiny import random_model, tiny_config
 
 T, VOCAB = 40, 24
@@ -92,7 +91,8 @@ def test_no_token_reaches_an_earlier_output(mode):
     assert np.any(before[0] != after[0])
 
 
-@pytest.mark.parametrize(("mode",), sampled([(x,) for x in MODES], lambda x: x == "window"))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sample("window")
 def test_scanned_unrolled_and_bucketed_layers_agree(mode):
     """A table with a run of equal layers, which share a bucket."""
     table = MODES[mode].replace("beta:1", "table:0.3/0.3/1/0")

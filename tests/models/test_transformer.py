@@ -11,7 +11,6 @@ from flax import nnx
 from blockjax.errors import UsageError
 from blockjax.models import PRESETS, LayerSpec, Transformer, logical_axes, preset
 from blockjax.models.transformer import REMAT, apply_rope, rope_table
-from tests.cases import sampled
 from tests.models.tiny import random_model, tiny_config
 
 VOCAB = tiny_config().vocab_size
@@ -93,7 +92,8 @@ def reference(params, config, windows, tokens, positions, segments):
     return x @ (params["embedding"].T if config.tied else params["head"])
 
 
-@pytest.mark.parametrize(("case",), sampled([(x,) for x in CASES], lambda x: x == "tail"))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.sample("tail")
 def test_logits_and_gradients_are_those_of_the_formulas(case):
     options, windows = CASES[case]
     model, inputs = make(**options), packed()

@@ -18,7 +18,6 @@ from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS, Layout, lockstep, work
 from blockjax.parallel.schedules import SCHEDULES
 from blockjax.parallel.shards import add
-from tests.cases import sampled
 from tests.jaxprs import equations
 from tests.kernels.block_sparse_attention_suite import random_blocks
 from tests.parallel.dense import DENSE
@@ -110,7 +109,8 @@ def dense(mask, P, K):
     return both(call, *make(whole, 4, K))
 
 
-@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), sampled(ALL, lambda *x: x in SOME))
+@pytest.mark.parametrize(("schedule", "layout", "mask", "P", "K"), ALL)
+@pytest.mark.sample(*("-".join(map(str, case)) for case in SOME))
 def test_equals_dense(schedule, layout, mask, P, K):
     compare(P, MASKS[mask](16 * P), K=K, exact=dense(mask, P, K), schedule=schedule, layout=layout)
 
@@ -133,21 +133,15 @@ TOGETHER = dict(
 EVERYWHERE = [x for x in ANYWHERE if x != "halo"]
 
 
-@pytest.mark.parametrize(
-    ("schedule",),
-    sampled([(x,) for x in EVERYWHERE], lambda x: x == "token_ring_direct"),
-)
+@pytest.mark.parametrize("schedule", EVERYWHERE)
+@pytest.mark.sample("token_ring_direct")
 def test_options_together(schedule):
     compare(4, MASKS["or"](64), schedule=schedule, layout="zigzag", **TOGETHER)
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule"),
-    sampled(
-        itertools.product(OPTIONS, EVERYWHERE),
-        lambda name, schedule: name == "positions" and schedule in ("ring", "token_ring_direct"),
-    ),
-)
+@pytest.mark.parametrize("schedule", EVERYWHERE)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.sample("positions-ring", "positions-token_ring_direct")
 def test_options(name, schedule):
     mask = MASKS["or"](64)
     if name == "positions":
@@ -165,15 +159,9 @@ def test_options_of_the_halo(name):
     compare(4, MASKS["window"](64), schedule="halo", **OPTIONS[name])
 
 
-@pytest.mark.parametrize(
-    ("layout", "schedule"),
-    sampled(
-        itertools.product(["contiguous", "striped"], EVERYWHERE),
-        lambda layout, schedule: (
-            (layout, schedule) in {("striped", "ring"), ("contiguous", "token_ring_direct")}
-        ),
-    ),
-)
+@pytest.mark.parametrize("schedule", EVERYWHERE)
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+@pytest.mark.sample("striped-ring", "contiguous-token_ring_direct")
 def test_lengths_that_divide_by_nothing(layout, schedule):
     mask = BlockMask.causal(75, 93, bq=16, bk=8, q_offset=18)
     compare(4, mask, schedule=schedule, layout=layout, learned=dict(slope=jnp.full(4, 0.1)))
@@ -192,30 +180,11 @@ def test_halo_of_a_ragged_length():
     compare(3, BlockMask.window(50, left=9, right=4, **BLOCKS), schedule="halo")
 
 
-# Each number of key heads, on all devices at once or on pairs of them.
-ULYSSES = {
-    ("ring", "contiguous", 8, 2, 4, 4),
-    ("two_stream_ring", "contiguous", 8, 8, 8, 2),
-    ("all_gather", "zigzag", 8, 1, 4, 4),
-}
-
-
-@pytest.mark.parametrize(
-    ("schedule", "layout", "N", "K", "P", "ulysses"),
-    sampled(
-        [
-            (*how, *heads, *sizes)
-            for *how, heads, sizes in itertools.product(
-                ["ring", "two_stream_ring", "all_gather"],
-                ["contiguous", "zigzag"],
-                [(8, 8), (8, 2), (8, 1)],
-                [(4, 4), (8, 2)],
-            )
-        ],
-        lambda *case: case in ULYSSES,
-    ),
-)
-@pytest.mark.sample("ring-*", "all_gather-*")
+@pytest.mark.parametrize(("P", "ulysses"), [(4, 4), (8, 2)])
+@pytest.mark.parametrize(("N", "K"), [(8, 8), (8, 2), (8, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("schedule", ["ring", "two_stream_ring", "all_gather"])
+@pytest.mark.sample("ring-contiguous-8-2-4-4", "all_gather-zigzag-8-1-4-4")
 def test_ulysses(schedule, layout, N, K, P, ulysses):
     T = 16 * P
     mask = BlockMask.from_block_bool(random_blocks(0, N, T // 8, T // 8), **BLOCKS, predicate=Causal())
@@ -224,13 +193,9 @@ def test_ulysses(schedule, layout, N, K, P, ulysses):
     compare(P, mask, N, K, learned, arrays, schedule=schedule, layout=layout, ulysses=ulysses)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "layout"),
-    sampled(
-        itertools.product(EVERYWHERE, ["contiguous", "zigzag"]),
-        lambda schedule, layout: (schedule, layout) == ("ring", "contiguous"),
-    ),
-)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("schedule", EVERYWHERE)
+@pytest.mark.sample("ring-contiguous")
 def test_masks_made_inside_jit(schedule, layout):
     inputs, (do, _) = make(BlockMask.causal(64, **BLOCKS), 4, 2)
     blocks = random_blocks(3, 4, 8, 8)
@@ -250,10 +215,8 @@ def test_masks_made_inside_jit(schedule, layout):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("schedule",),
-    sampled([(x,) for x in ANYWHERE], lambda schedule: schedule in ("ring", "halo")),
-)
+@pytest.mark.parametrize("schedule", ANYWHERE)
+@pytest.mark.sample("ring", "halo")
 def test_shards_computed_by_the_op(schedule):
     layout = "contiguous" if schedule == "halo" else "zigzag"
     compare(4, MASKS["window"](128), schedule=schedule, layout=layout)
@@ -377,10 +340,8 @@ def test_a_layout_that_does_not_fit_is_refused(length, P, block, match):
         attention(q, k, v, mask, mesh=mesh_of(4), layout=Layout.of("contiguous", length, P, block))
 
 
-@pytest.mark.parametrize(
-    ("schedule",),
-    sampled([(x,) for x in EVERYWHERE if x != "all_gather"], lambda x: x == "ring"),
-)
+@pytest.mark.parametrize("schedule", [x for x in EVERYWHERE if x != "all_gather"])
+@pytest.mark.sample("ring")
 def test_hops_in_the_middle_of_a_long_ring_are_one_loop(schedule, monkeypatch):
     P = 8
     arrays = dict(q_segment_ids=np.sort(np.random.default_rng(0).integers(-1, 4, (2, 16 * P))))

@@ -22,7 +22,6 @@ from blockjax.train.config import base_config
 from blockjax.train.health import healthy
 from blockjax.train.state import TrainState, plan_state
 from blockjax.train.step import batch_sharding, make_train_step
-from tests.cases import sampled
 from tests.hlo import collectives
 from tests.models.tiny import random_params, tiny_config
 from tests.parallel.dense import DENSE
@@ -102,10 +101,9 @@ def mesh_of(name, **axes):
     return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-@pytest.mark.parametrize(
-    ("layout", "documents"),
-    sampled([(layout, documents) for layout in DEVICES for documents in (True, False)], lambda _, some: some),
-)
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("layout", DEVICES)
+@pytest.mark.sample("*-True")
 def test_the_convolution(layout, documents):
     """Heads are cut, too; what lies in padding is not read."""
     graph, params = filled(lambda: ShortConvolution(4, dict(heads=2, head_dim=3), rngs=nnx.Rngs(0)))
@@ -139,13 +137,9 @@ def test_only_the_tokens_before_a_run_travel():
 OPTIONS = dict(lightning={}, ssd=dict(state=6), gdn=dict(conv=3), kda={})
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    sampled(
-        [(kind, layout) for kind in OPTIONS for layout in DEVICES],
-        lambda *case: case == ("ssd", "zigzag"),
-    ),
-)
+@pytest.mark.parametrize("layout", DEVICES)
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.sample("ssd-zigzag")
 def test_a_layer(kind, layout):
     """With documents, from a memory on, which is handed on."""
     config = tiny_config(heads=2, head_dim=8)
@@ -191,16 +185,14 @@ def batch():
 
 @pytest.mark.parametrize(
     ("pattern", "layout", "axes"),
-    sampled(
-        [
-            ("lightning,8", "contiguous", dict(data=2, seq=2)),
-            ("ssd:state=6,8", "contiguous", dict(data=2, seq=4)),
-            ("lightning,full", "zigzag", dict(fsdp=2, seq=2, tensor=2)),
-            ("kda,gdn,full", "zigzag", dict(fsdp=2, seq=2, tensor=2)),
-        ],
-        lambda pattern, layout, axes: pattern == "lightning,8",
-    ),
+    [
+        ("lightning,8", "contiguous", dict(data=2, seq=2)),
+        ("ssd:state=6,8", "contiguous", dict(data=2, seq=4)),
+        ("lightning,full", "zigzag", dict(fsdp=2, seq=2, tensor=2)),
+        ("kda,gdn,full", "zigzag", dict(fsdp=2, seq=2, tensor=2)),
+    ],
 )
+@pytest.mark.sample("lightning,8-*")
 def test_a_training_step_of_recurrence_and_attention(pattern, layout, axes):
     """Loss, updated parameters and what is remembered; attention is cut along with the rest."""
     with one_token_at_a_time():

@@ -15,7 +15,6 @@ from blockjax.parallel import make_mesh, partition_spec
 from blockjax.train.config import base_config
 from blockjax.train.state import plan_state
 from blockjax.train.step import batch_loss
-from tests.cases import sampled
 from tests.hlo import collectives
 from tests.models.tiny import random_params, tiny_config
 
@@ -95,24 +94,15 @@ def test_a_seed_makes_the_same_weight_on_every_mesh():
     np.testing.assert_allclose(jax.jit(make, out_shardings=place)(), make(), rtol=1e-5, atol=1e-6)
 
 
-# Meshes whose axes others have as well.
-ALIKE = "data", "fsdp", "tensor_fsdp", "seq_data", "seq_ulysses"
-
-
-def some(names):
-    return sampled([(name,) for name in names], lambda name: name not in ALIKE)
+# Of the meshes those whose axes together are all.
+SOME = "data_fsdp", "data_fsdp_tensor", "seq_zigzag", "seq_striped"
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        *(
-            pytest.param(name, CONFIG, id=name, marks=(pytest.mark.exhaustive,) * (name in ALIKE))
-            for name in MESHES
-        ),
-        pytest.param(
-            "data_fsdp_tensor", BLOCKS, id="depth_blocks_and_segments", marks=pytest.mark.exhaustive
-        ),
+        *(pytest.param(name, CONFIG, id=name) for name in MESHES),
+        pytest.param("data_fsdp_tensor", BLOCKS, id="depth_blocks_and_segments"),
         pytest.param("seq_striped", BLOCKS, id="seq_depth_blocks_and_segments"),
         pytest.param("data_fsdp", LOOP, id="data_fsdp_loop"),
     ],
@@ -129,7 +119,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, config):
         assert np.abs(e).max() > 1e-5
 
 
-@pytest.mark.parametrize(("name",), some(MESHES))
+@pytest.mark.parametrize("name", MESHES)
 @pytest.mark.sample("data_fsdp_tensor", "seq_striped")
 def test_attention_loops_are_silent(name):
     """The loop over layers is one deep, those over query rows and key blocks two and three."""
@@ -139,7 +129,8 @@ def test_attention_loops_are_silent(name):
     assert not [c for c in collectives(text) if c[2] > 1]
 
 
-@pytest.mark.parametrize(("name",), some(["data", "fsdp", "data_fsdp"]))
+@pytest.mark.parametrize("name", ["data", "fsdp", "data_fsdp"])
+@pytest.mark.sample("data_fsdp")
 def test_only_parameters_and_their_gradients_travel(name):
     parts = MESHES[name].get("fsdp", 1)
 
@@ -156,7 +147,8 @@ def test_only_parameters_and_their_gradients_travel(name):
         assert all(tuple(sorted(shape)) in allowed for shape in results), (op, results)
 
 
-@pytest.mark.parametrize(("name",), some(MESHES))
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.sample(*SOME)
 def test_each_device_keeps_to_its_sequences(name):
     """Sums over heads and features travel with tensor parallelism, tokens with seq, sequences never."""
     sizes = MESHES[name]
@@ -172,7 +164,8 @@ def test_each_device_keeps_to_its_sequences(name):
                 assert math.prod(shape) <= CONFIG.vocab_size * CONFIG.width, (op, shape)
 
 
-@pytest.mark.parametrize(("name",), some(name for name in MESHES if "seq" in MESHES[name]))
+@pytest.mark.parametrize("name", [name for name in MESHES if "seq" in MESHES[name]])
+@pytest.mark.sample(*SOME)
 def test_activations_stay_where_their_tokens_are(name):
     """Only token ids are put in order; inside layers, keys, queries and what goes with them travel."""
     config = dataclasses.replace(CONFIG, **HOW.get(name, {}))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from blockjax.errors import UsageError
 from blockjax.models import Transformer, logical_axes
 from blockjax.parallel.mesh import RULES
 from blockjax.recurrence import MIXERS, Past, forget
-from tests.cases import sampled
 from tests.models.tiny import random_model, tiny_config
 
 T, VOCAB = 40, 24
@@ -93,13 +91,9 @@ def test_gradients_of_a_document_do_not_reach_another():
     assert np.abs(alone).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("pattern", "cut"),
-    sampled(
-        itertools.product([*LINEAR, "gdn,lightning,gdn"], [1, 2, 24]),
-        lambda pattern, cut: cut == (1 if "," in pattern else 24),
-    ),
-)
+@pytest.mark.parametrize("cut", [1, 2, 24])
+@pytest.mark.parametrize("pattern", [*LINEAR, "gdn,lightning,gdn"])
+@pytest.mark.sample(*(f"{kind}-24" for kind in LINEAR), "gdn,lightning,gdn-1")
 def test_pieces_with_the_memory_passed_on_are_the_whole(pattern, cut):
     """Also through a tail, and where a document starts in the second piece."""
     model = make(pattern, depth=4 if "," in pattern else 2)
@@ -123,13 +117,9 @@ def test_pieces_with_the_memory_passed_on_are_the_whole(pattern, cut):
     assert np.abs(one[1] - parts[0][1]).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("stack", "residual"),
-    sampled(
-        itertools.product(["scan", "unroll", "bucket"], ["prenorm", "block_attn_res:size=6"]),
-        lambda stack, residual: (stack == "scan") == (residual != "prenorm"),
-    ),
-)
+@pytest.mark.parametrize("residual", ["prenorm", "block_attn_res:size=6"])
+@pytest.mark.parametrize("stack", ["scan", "unroll", "bucket"])
+@pytest.mark.sample("scan-block*", "unroll-prenorm", "bucket-prenorm")
 def test_the_memory_is_the_same_however_layers_are_stacked(stack, residual):
     options = dict(depth=7, residual=residual, stack=stack)
     model, plain = (make("lightning,8,gdn", **options | more) for more in ({}, dict(stack="scan")))

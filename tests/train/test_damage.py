@@ -31,6 +31,11 @@ from blockjax.train.metrics import MetricsLog, read_metrics
 from blockjax.train.run import claim
 from blockjax.train.state import TrainState
 
+# Threads of orbax call an event loop that an error has closed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
 KEEP = ConfigDict(dict(keep_checkpoints=3, keep_every=0, keep_hours=0.0))
 STEPS = (4, 8, 12)
 

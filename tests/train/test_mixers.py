@@ -8,7 +8,6 @@ from flax import nnx
 from blockjax.parallel.mesh import make_mesh
 from blockjax.train import loop
 from blockjax.train.metrics import read_metrics
-from tests.cases import sampled
 
 PATTERNS = {
     "lightning": "lightning",
@@ -35,7 +34,8 @@ def entropy(tokens: np.ndarray) -> float:
 
 
 @pytest.mark.usefixtures("oracles")
-@pytest.mark.parametrize(("kind",), sampled([(kind,) for kind in PATTERNS], lambda kind: kind == "hybrid"))
+@pytest.mark.parametrize("kind", PATTERNS)
+@pytest.mark.sample("hybrid")
 def test_it_learns_the_standard_library(kind, tiny, one_device, tmp_path, monkeypatch):
     """From no better than chance to clearly better than any model without context, mixers included."""
     config = tiny(
