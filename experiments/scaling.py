@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from blockjax.analysis.plots import save
 from blockjax.errors import UsageError
 from blockjax.parallel import SCHEDULES, Layout, attention
 from blockjax.parallel.compare import Shape, count
@@ -378,7 +379,7 @@ def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
         row[0].set_ylabel("speed-up / devices, both passes")
     handles = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}  # noqa: B905
     figure.legend(handles.values(), handles, frameon=False, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def apart(args: argparse.Namespace, console: Console) -> Iterable[tuple[str, list[dict]]]:

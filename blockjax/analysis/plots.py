@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pathlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -207,7 +208,7 @@ def _axes(x: str, y: str):
     return figure, ax
 
 
-def save(figure: Figure, path: epath.Path) -> None:
+def save(figure: Figure, path: pathlib.Path | epath.Path) -> None:
     """Writes a figure as PNG, to disk or a bucket, and closes it."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)

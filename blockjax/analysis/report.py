@@ -9,7 +9,6 @@ import statistics
 from typing import NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -23,6 +22,7 @@ from blockjax.analysis.plots import (
     plot_locality,
     plot_loss,
     plot_token_weights,
+    save,
     series,
 )
 from blockjax.generate import Sampling
@@ -80,8 +80,7 @@ def write(run: Run) -> epath.Path | None:
     if found is not None:
         sections |= inside_pictures(run, found, first)
     for name, picture in itertools.chain(*(pictures.items() for pictures in sections.values())):
-        picture.figure.savefig(folder / name, dpi=130)
-        plt.close(picture.figure)
+        save(picture.figure, folder / name)
     (folder / "report.md").write_text(render(run, lines, sections, list(zip(asked, texts, strict=True))))
     run.folder.sync()
     return run.folder.path / "report" / "report.md"

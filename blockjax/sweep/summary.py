@@ -95,10 +95,12 @@ def write(plan: Plan, states: Mapping[str, RunState], console: Console) -> epath
     rows, folder = summarise(plan, states), epath.Path(plan.folder)
     folder.mkdir(parents=True, exist_ok=True)
     save(plot_sweep({row.setting: row.bits for row in rows}, curves(plan, states)), folder / "sweep.png")
+    pictures = {"Final bits per byte of every seed, and validation curves": "sweep.png"}
     if positions := positions_of(plan, states):
         save(plot_positions(positions), folder / "positions.png")
+        pictures["Final bits per byte by position in the document"] = "positions.png"
     (folder / "sweep.json").write_text(json.dumps(as_json(plan, states, rows), indent=2))
-    (folder / "sweep.md").write_text(render(plan, states, rows))
+    (folder / "sweep.md").write_text(render(plan, states, rows, pictures))
     show(rows, console)
     for line in unfinished(plan, states):
         console.print(f"Not finished: {line}", highlight=False, markup=False, soft_wrap=True)
@@ -207,8 +209,8 @@ def as_json(plan: Plan, states: Mapping[str, RunState], rows: list[Row]) -> dict
     return {"config": plan.spec, "common": dict(plan.common), "settings": settings, "runs": runs}
 
 
-def render(plan: Plan, states: Mapping[str, RunState], rows: list[Row]) -> str:
-    """The text of `sweep.md`."""
+def render(plan: Plan, states: Mapping[str, RunState], rows: list[Row], pictures: Mapping[str, str]) -> str:
+    """The text of `sweep.md`, with the names of pictures by what they show."""
     everywhere = f", all runs with {_sets(plan.common)}" if plan.common else ""
     missing = [f"- {line}" for line in unfinished(plan, states)]
     own = [["setting", "sets"], *([setting, _sets(values)] for setting, values in plan.settings.items())]
@@ -218,10 +220,7 @@ def render(plan: Plan, states: Mapping[str, RunState], rows: list[Row]) -> str:
         _markdown(cells(rows)),
         EXPLANATION,
         "\n".join(["Not finished, and left out of the table:", "", *missing]) if missing else "",
-        "![Final bits per byte of every seed, and validation curves](sweep.png)",
-        "![Final bits per byte by position in the document](positions.png)"
-        if positions_of(plan, states)
-        else "",
+        *(f"![{shown}]({name})" for shown, name in pictures.items()),
         _markdown(own),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
