@@ -5,6 +5,7 @@ carries a copy out at once (`eager`) or when it is waited for (`on_wait`). Gradi
 """
 
 import functools
+import inspect
 import itertools
 import time
 
@@ -167,6 +168,8 @@ def test_neighbours_on_a_mesh_of_several_axes(sizes, how, interpreted):
 @pytest.mark.parametrize("mode", ["on_wait", pytest.param("eager", marks=EXHAUSTIVE)])
 def test_a_credit_too_early_is_a_race(mode, interpreted, monkeypatch, caplog):
     """What the tests above rely on: of six places the last round writes where the second one read."""
+    if "on_race" not in inspect.signature(pltpu.InterpretParams).parameters:
+        pytest.skip("this JAX does not tell of races")
     grant = ring.RingForward.grant
 
     def grant_all(self, way, credits=None):
