@@ -277,7 +277,7 @@ def _backward(static: _Static, kept, cotangents):
         backend.backward_pass(*arrays, options, **more)
         for *arrays, more in zip(pieces, residuals, do, dstates, known, strict=True)
     ]
-    shared = whole.log_decay is not None and whole.log_decay.ndim == 1
+    shared = is_shared(whole.log_decay)
 
     def join(name, x):
         if x[0] is None:

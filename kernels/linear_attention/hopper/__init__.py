@@ -149,7 +149,8 @@ def _backward_pass(inputs: Inputs, residuals, do, dstate, options: Options, adde
     (entries, last), T, scale = residuals, inputs.q.shape[1], options.scale
     plan = pieces.Plan.of(inputs)
     q, k, v, do = (whole(x) for x in (*inputs[:3], do))
-    a_token = inputs.log_decay is not None and inputs.log_decay.ndim == 3
+    # Where tokens share it the gradient is not made of sums.
+    a_token = form(inputs.log_decay) == "token" and not options.shared_decay
     kept = dict(cut=plan.cut, documents=plan.documents)
 
     call = Sweep(**kept, read=scale, pair=scale)

@@ -36,7 +36,7 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     ring,
     tile,
 )
-from blockjax.kernels.linear_attention.hopper.parts import WGMMA, block, piece, store, tiles
+from blockjax.kernels.linear_attention.hopper.parts import WGMMA, block, piece, publish, store, tiles
 from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
@@ -126,11 +126,6 @@ def _back(call: Walk, operands: Back, out):
             return p * cut.length + length - 1 - i
 
         def multiply():
-            def publish(state, R):
-                for h in range(nk):
-                    state.at[h][...] = R[h].astype(dtype)
-                plgpu.commit_smem()
-
             def entry(h):
                 if adding:
                     return plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
@@ -347,11 +342,6 @@ def ahead(call: Walk, operands: Ahead):
         stages = shared.k.shape[0]
 
         def multiply():
-            def publish(state, S):
-                for h in range(nk):
-                    state.at[h][...] = S[h].astype(dtype)
-                plgpu.commit_smem()
-
             def entry(h):
                 here = block(operands.entries, batch, head, p, row=h, column=wg)
                 return plgpu.load(here, layout=WGMMA, optimized=False)

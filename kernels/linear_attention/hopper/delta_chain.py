@@ -11,7 +11,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention.hopper import TILE
-from blockjax.kernels.linear_attention.hopper.delta_parts import added, ask_again, meet, publish
+from blockjax.kernels.linear_attention.hopper.delta_parts import added, ask_again, meet, split
 from blockjax.kernels.linear_attention.hopper.parts import WGMMA, block, store, tiles
 from blockjax.kernels.mosaic_gpu import run
 from jax import lax
@@ -78,8 +78,8 @@ def chain(operands: Operands):
             S, (M, N) = carry
             h = ask_again()
             for x in range(nk):
-                publish(shared.maps.at[h, x], M[x])
-            publish(shared.states.at[h], S)
+                split(shared.maps.at[h, x], M[x])
+            split(shared.states.at[h], S)
             meet(shared.met)
             # Loaded while this one is multiplied.
             ahead = piece(jnp.minimum(i + 1, pieces - 2), h)

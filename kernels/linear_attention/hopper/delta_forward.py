@@ -26,7 +26,7 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     ring,
     tile,
 )
-from blockjax.kernels.linear_attention.hopper.parts import WGMMA, Cut, block, piece, store, tiles
+from blockjax.kernels.linear_attention.hopper.parts import WGMMA, Cut, block, piece, publish, store, tiles
 from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
@@ -129,11 +129,6 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
         stages = shared.k.shape[0]
 
         def multiply():
-            def publish(state, S):
-                for h in range(nk):
-                    state.at[h][...] = S[h].astype(dtype)
-                plgpu.commit_smem()
-
             def entry(h):
                 if not mapping:
                     here = block(operands.entries, batch, head, p, row=h, column=wg)

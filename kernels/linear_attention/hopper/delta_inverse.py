@@ -26,8 +26,8 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     off_diagonal,
     places,
     products,
-    publish,
     ring,
+    split,
     tile,
 )
 from blockjax.kernels.linear_attention.hopper.parts import WGMMA, piece, tiles
@@ -89,7 +89,7 @@ def solved(keys: list, chunk: Chunk, shared: Shared):
     """U, a tile in float32."""
     (scores,) = products([(key, key.T) for key in keys])
     L = off_diagonal(scores * chunk.decays())
-    publish(shared.L, L)
+    split(shared.L, L)
     row, column = places()
     apart, beta = row ^ column, tile(chunk.row(BETA))
     high, low = shared.L.at[0], shared.L.at[1]
@@ -106,14 +106,14 @@ def solved(keys: list, chunk: Chunk, shared: Shared):
     Z = jnp.where(apart == 1, -L * chunk.column(BETA), 0.0)
     Z, s = jnp.where(apart == 0, 1.0, Z), 2
     while s < TILE:
-        publish(first, beta * Z)
+        split(first, beta * Z)
         (right,) = products([(below(s), first.at[0])])
-        publish(other, right)
+        split(other, right)
         Z -= products([(Z.astype(jnp.bfloat16), other.at[0])])[0]
         s *= 2
     Z = Z.astype(jnp.bfloat16)
     U = -products([(Z, high)])[0]
-    publish(shared.factor, beta * U)
+    split(shared.factor, beta * U)
     (seen,) = products([(high, first.at[0]), (high, other.at[0]), (low, first.at[0])])
-    publish(first, load(high).astype(jnp.float32) + load(low).astype(jnp.float32) + U + seen)
+    split(first, load(high).astype(jnp.float32) + load(low).astype(jnp.float32) + U + seen)
     return U - products([(Z, first.at[0])])[0]

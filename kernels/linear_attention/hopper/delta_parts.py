@@ -117,7 +117,7 @@ def added(tiles, pairs: Callable):
     return lax.optimization_barrier(tuple(pl.run_state(multiply)([plgpu.ACC.init(x) for x in tiles])))
 
 
-def publish(ref, x) -> None:
+def split(ref, x) -> None:
     """Stores a tile as the sum of as many of bfloat16 as `ref` has."""
     for part in range(ref.shape[0] - 1):
         high = cut_off(x)

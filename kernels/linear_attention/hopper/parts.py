@@ -178,6 +178,13 @@ def block(ref, *where, row, column):
     return ref.at[*where, pl.ds(row * TILE, TILE), pl.ds(column * TILE, TILE)]
 
 
+def publish(ref, tiles) -> None:
+    """Stores tiles in shared memory, in the dtype of the products that read them there."""
+    for h, x in enumerate(tiles):
+        ref.at[h][...] = x.astype(ref.dtype)
+    plgpu.commit_smem()
+
+
 def store(ref, tile) -> None:
     """To global memory."""
     if hasattr(plgpu, "store"):

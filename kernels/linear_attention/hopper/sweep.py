@@ -26,6 +26,7 @@ from blockjax.kernels.linear_attention.hopper.parts import (
     Decays,
     block,
     piece,
+    publish,
     rows,
     store,
     tiles,
@@ -107,18 +108,13 @@ def sweep(call: Sweep, operands: Operands):
         def multiply():
             o_smem, values, state = shared.o.at[wg], shared.values.at[wg], shared.state.at[wg]
 
-            def publish(S):
-                for h in range(nk):
-                    state.at[h][...] = S[h].astype(dtype)
-                plgpu.commit_smem()
-
             S = tuple(
                 plgpu.load(
                     block(operands.entries, batch, head, p, row=h, column=wg), layout=WGMMA, optimized=False
                 )
                 for h in range(nk)
             )
-            publish(S)
+            publish(state, S)
 
             def step(i, S):
                 slot, index = lax.rem(i, stages), chunk_of(i)
@@ -167,7 +163,7 @@ def sweep(call: Sweep, operands: Operands):
                 o_smem[...] = o.astype(dtype)
                 if summed:
                     shared.sums[wg] = sums
-                publish(S)
+                publish(state, S)
                 plgpu.copy_smem_to_gmem(o_smem, piece(o_ref, batch, head, index * TILE, wg))
                 if summed:
                     there = sums_ref.at[batch, head, wg, pl.ds(index * TILE, TILE)]
