@@ -26,15 +26,16 @@ export SLURM_JOB_ID SLURM_NTASKS SLURM_STEP_NODELIST SLURM_STEP_NUM_NODES SLURM_
 SLURM_PROCID=0 "$@" &
 SLURM_PROCID=1 "$@" && wait $!
 """
-# A Python that joins the other processes, and says what it would train.
+# A Python that joins the other processes, and says what it would train, in one write: it stays whole in the
+# pipe that both share, where print may write the end of the line apart.
 JOIN = """
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
 import jax
 from blockjax.train import loop
 def train(config, run, profile):
     found = f"process {jax.process_index()} of {jax.process_count()} sees {jax.device_count()} devices"
-    print(f"{found}, trains {config.run.steps} steps in {run}")
+    os.write(1, f"{found}, trains {config.run.steps} steps in {run}\\n".encode())
     sys.exit()
 loop.train = train
 runpy.run_path(sys.argv[0], run_name="__main__")
