@@ -26,11 +26,11 @@ from blockjax.kernels.linear_attention.api import (
     checked,
     checked_ids,
     count_documents,
-    is_shared,
     select,
     without_padding,
 )
 from blockjax.kernels.linear_attention.gates import starts
+from blockjax.kernels.linear_attention.spec import form
 from blockjax.kernels.platforms import Axes, axis_names
 from blockjax.parallel.circulate import step
 from blockjax.parallel.layouts import PIECES, Layout
@@ -107,7 +107,7 @@ def linear_attention(
         # Documents are counted along the sequence.
         documents = count_documents(layout.restore(ids))
         inputs = without_padding(inputs, ids >= 0)._replace(documents=layout.apply(starts(documents)))
-    options |= dict(shared_decay=is_shared(log_decay))
+    options |= dict(shared_decay=form(log_decay) == "head")
     static = _Static(axis, devices, pieces, tuple(options.items()))
     o, state = _shard(static, mesh, (axis_names(batch) or None, axis, axis_names(heads) or None), inputs)
     o = o if laid else layout.restore(o)
@@ -277,7 +277,7 @@ def _backward(static: _Static, kept, cotangents):
         backend.backward_pass(*arrays, options, **more)
         for *arrays, more in zip(pieces, residuals, do, dstates, known, strict=True)
     ]
-    shared = is_shared(whole.log_decay)
+    shared = form(whole.log_decay) == "head"
 
     def join(name, x):
         if x[0] is None:

@@ -71,7 +71,7 @@ def linear_attention(
             serve them.
     """
     inputs = checked(q, k, v, log_decay, beta, kind, initial_state, segment_ids)
-    backend, options = select(inputs, kind, scale, chunk_size, implementation, is_shared(log_decay))
+    backend, options = select(inputs, kind, scale, chunk_size, implementation, form(log_decay) == "head")
     o, state = passes.run(backend, inputs, options)
     return (o, state) if return_state else o
 
@@ -161,11 +161,6 @@ def select(
     )
     options = Options(kind, Hk**-0.5 if scale is None else scale, chunk, shared_decay)
     return BACKENDS[choose(spec, implementation)], options
-
-
-def is_shared(log_decay) -> bool:
-    """Whether it is one number a head."""
-    return log_decay is not None and jnp.ndim(log_decay) == 1
 
 
 def choose(spec: Spec, implementation: str | None = None) -> str:

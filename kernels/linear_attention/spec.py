@@ -95,7 +95,7 @@ class Options(NamedTuple):
 
 def form(log_decay: jax.Array | None) -> str:
     """Which of `DECAYS` it is."""
-    return "none" if log_decay is None else {1: "head", 3: "token", 4: "channel"}[log_decay.ndim]
+    return "none" if log_decay is None else {1: "head", 3: "token", 4: "channel"}[jnp.ndim(log_decay)]
 
 
 def floor(dtype) -> float:

@@ -194,7 +194,7 @@ LOWERED = {"token": dict(), "none": dict(decay="none", Hk=64, T=1000), "document
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers(name, monkeypatch):
-    """The solve, maps and outputs; of the backward, what pieces add and two walks."""
+    """The solve, maps, their chain and outputs; of the backward, what pieces add, its chain and two walks."""
     monkeypatch.setattr(api, "target", lambda: H100)
     size = dict(B=1, T=1024, K=2, Hk=128, Hv=128, decay="token") | LOWERED[name]
     B, T, K, Hk, Hv = (size[x] for x in ("B", "T", "K", "Hk", "Hv"))

@@ -36,7 +36,7 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     ring,
     tile,
 )
-from blockjax.kernels.linear_attention.hopper.parts import WGMMA, block, piece, publish, store, tiles
+from blockjax.kernels.linear_attention.hopper.parts import WGMMA, block, load, piece, publish, store, tiles
 from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
@@ -129,8 +129,7 @@ def _back(call: Walk, operands: Back, out):
             def entry(h):
                 if adding:
                     return plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
-                here = block(operands.entries, batch, head, p, row=h, column=wg)
-                return plgpu.load(here, layout=WGMMA, optimized=False)
+                return load(block(operands.entries, batch, head, p, row=h, column=wg))
 
             R = tuple(entry(h) for h in range(nk))
             publish(shared.state.at[wg], R)
@@ -342,11 +341,7 @@ def ahead(call: Walk, operands: Ahead):
         stages = shared.k.shape[0]
 
         def multiply():
-            def entry(h):
-                here = block(operands.entries, batch, head, p, row=h, column=wg)
-                return plgpu.load(here, layout=WGMMA, optimized=False)
-
-            S = tuple(entry(h) for h in range(nk))
+            S = tuple(load(block(operands.entries, batch, head, p, row=h, column=wg)) for h in range(nk))
             publish(shared.state.at[wg], S)
 
             def step(i, S):

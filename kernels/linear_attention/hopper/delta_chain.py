@@ -12,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention.hopper import TILE
 from blockjax.kernels.linear_attention.hopper.delta_parts import added, ask_again, meet, split
-from blockjax.kernels.linear_attention.hopper.parts import WGMMA, block, store, tiles
+from blockjax.kernels.linear_attention.hopper.parts import block, load, store, tiles
 from blockjax.kernels.mosaic_gpu import run
 from jax import lax
 
@@ -54,10 +54,8 @@ def chain(operands: Operands):
         w, at = lax.rem(cta, nv), lax.div(cta, nv)
         batch, head = lax.div(at, K), lax.rem(at, K)
 
-        def load(ref, *where, row, column):
-            return plgpu.load(
-                block(ref, batch, head, *where, row=row, column=column), layout=WGMMA, optimized=False
-            )
+        def here(ref, *where, row, column):
+            return block(ref, batch, head, *where, row=row, column=column)
 
         def place(i):
             return pieces - 1 - i if reverse else i
@@ -66,13 +64,13 @@ def chain(operands: Operands):
             """Its map's tiles in the rows h of the result, and what it adds."""
             p, own = place(i), range(nk)
             if reverse:
-                M = [load(operands.maps, p, row=x, column=nv + h) for x in own]
-                return M, load(operands.added, p - 1, row=h, column=w)
-            M = [load(operands.maps, p, row=h, column=nv + x) for x in own]
-            return M, load(operands.maps, p, row=h, column=w)
+                M = [load(here(operands.maps, p, row=x, column=nv + h)) for x in own]
+                return M, load(here(operands.added, p - 1, row=h, column=w))
+            M = [load(here(operands.maps, p, row=h, column=nv + x)) for x in own]
+            return M, load(here(operands.maps, p, row=h, column=w))
 
         def put(i, h, S):
-            store(block(out_ref, batch, head, place(i), row=h, column=w), S)
+            store(here(out_ref, place(i), row=h, column=w), S)
 
         def step(i, carry):
             S, (M, N) = carry
@@ -96,7 +94,7 @@ def chain(operands: Operands):
             put(i + 1, h, S)
             return S, ahead
 
-        S = load(operands.first, row=h, column=w)
+        S = load(here(operands.first, row=h, column=w))
         put(0, h, S)
         lax.fori_loop(0, pieces - 1, step, (S, piece(0, h)))
 

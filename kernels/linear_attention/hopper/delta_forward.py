@@ -26,7 +26,16 @@ from blockjax.kernels.linear_attention.hopper.delta_parts import (
     ring,
     tile,
 )
-from blockjax.kernels.linear_attention.hopper.parts import WGMMA, Cut, block, piece, publish, store, tiles
+from blockjax.kernels.linear_attention.hopper.parts import (
+    WGMMA,
+    Cut,
+    block,
+    load,
+    piece,
+    publish,
+    store,
+    tiles,
+)
 from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
 
@@ -131,8 +140,7 @@ def _walk(call: Walk, operands: Operands, out, columns: int):
         def multiply():
             def entry(h):
                 if not mapping:
-                    here = block(operands.entries, batch, head, p, row=h, column=wg)
-                    return plgpu.load(here, layout=WGMMA, optimized=False)
+                    return load(block(operands.entries, batch, head, p, row=h, column=wg))
                 row, lane = places()
                 return jnp.where(row + h * TILE == lane + (group * wgs + wg - nv) * TILE, 1.0, 0.0)
 

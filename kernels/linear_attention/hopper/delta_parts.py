@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention.gates import Rows
 from blockjax.kernels.linear_attention.hopper import TILE
-from blockjax.kernels.linear_attention.hopper.parts import COLUMN, LOG2_E, ROW, WGMMA
+from blockjax.kernels.linear_attention.hopper.parts import COLUMN, LOG2_E, ROW, WGMMA, load
 from blockjax.kernels.linear_attention.spec import Inputs
 from jax import lax
 
@@ -53,11 +53,11 @@ class Chunk(NamedTuple):
 
     def row(self, which: int):
         """[64], a number for each row of a tile."""
-        return _load(self.numbers, which, ROW)
+        return load(self.numbers.at[which], ROW)
 
     def column(self, which: int):
         """A tile with that number in each column."""
-        return lax.broadcast_in_dim(_load(self.numbers, COLUMNS + which, COLUMN), (TILE, TILE), [1])
+        return lax.broadcast_in_dim(load(self.numbers.at[COLUMNS + which], COLUMN), (TILE, TILE), [1])
 
     def across(self):
         """What is left of a state after the chunk."""
@@ -70,10 +70,6 @@ class Chunk(NamedTuple):
         visible = row <= column if transposed else column <= row
         exponent = -exponent if transposed else exponent
         return jnp.where(visible, jnp.exp2(jnp.where(visible, exponent, 0.0)), 0.0)
-
-
-def _load(ref, which: int, layout):
-    return plgpu.load(ref.at[which], layout=layout, optimized=False)
 
 
 def tile(x):

@@ -151,16 +151,16 @@ class Chunk:
         return jnp.exp2(self.rate * steps(lane).astype(jnp.float32))
 
     def _row(self, which: int):
-        return _load(self.tokens, which, ROW)
+        return load(self._numbers(self.tokens, which), ROW)
 
     def _plane(self, which: int):
         """Of the tokens along rows, and along columns."""
-        column = _load(self.columns, which, COLUMN)
+        column = load(self._numbers(self.columns, which), COLUMN)
         return rows(self._row(which)), lax.broadcast_in_dim(column, (TILE, TILE), [1])
 
-
-def _load(ref, which: int, layout):
-    return plgpu.load(ref.at[pl.ds(which * TILE, TILE)], layout=layout, optimized=False)
+    @staticmethod
+    def _numbers(ref, which: int):
+        return ref.at[pl.ds(which * TILE, TILE)]
 
 
 def rows(x):
@@ -183,6 +183,11 @@ def publish(ref, tiles) -> None:
     for h, x in enumerate(tiles):
         ref.at[h][...] = x.astype(ref.dtype)
     plgpu.commit_smem()
+
+
+def load(ref, layout=WGMMA):
+    """From global memory, or numbers from shared memory: what does not lie there as `tiles` do."""
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def store(ref, tile) -> None:

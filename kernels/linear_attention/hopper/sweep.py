@@ -25,6 +25,7 @@ from blockjax.kernels.linear_attention.hopper.parts import (
     Cut,
     Decays,
     block,
+    load,
     piece,
     publish,
     rows,
@@ -108,12 +109,7 @@ def sweep(call: Sweep, operands: Operands):
         def multiply():
             o_smem, values, state = shared.o.at[wg], shared.values.at[wg], shared.state.at[wg]
 
-            S = tuple(
-                plgpu.load(
-                    block(operands.entries, batch, head, p, row=h, column=wg), layout=WGMMA, optimized=False
-                )
-                for h in range(nk)
-            )
+            S = tuple(load(block(operands.entries, batch, head, p, row=h, column=wg)) for h in range(nk))
             publish(state, S)
 
             def step(i, S):

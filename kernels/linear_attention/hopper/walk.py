@@ -18,7 +18,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from blockjax.kernels.linear_attention.hopper import SHARED_MEMORY, TILE
 from blockjax.kernels.linear_attention.hopper.delta_parts import added, products, tile
-from blockjax.kernels.linear_attention.hopper.parts import MULTIPROCESSORS, ROW, WGMMA, block, store, tiles
+from blockjax.kernels.linear_attention.hopper.parts import (
+    MULTIPROCESSORS,
+    ROW,
+    WGMMA,
+    block,
+    load,
+    store,
+    tiles,
+)
 from blockjax.kernels.linear_attention.xla.chunks import Step
 from blockjax.kernels.mosaic_gpu import run, share_out
 from jax import lax
@@ -98,11 +106,7 @@ def states(reverse: bool, operands: Operands) -> tuple[jax.Array, jax.Array]:
                         shared.state.at[wg, h][...] = S[h].astype(dtype)
                     plgpu.commit_smem()
 
-            def entry(h):
-                here = block(operands.state, head, row=h, column=column)
-                return plgpu.load(here, layout=WGMMA, optimized=False)
-
-            S = tuple(entry(h) for h in range(nk))
+            S = tuple(load(block(operands.state, head, row=h, column=column)) for h in range(nk))
             publish(S)
 
             def step(i, S):
@@ -119,8 +123,7 @@ def states(reverse: bool, operands: Operands) -> tuple[jax.Array, jax.Array]:
                     plgpu.commit_smem()
 
                 def decayed(h):
-                    across = plgpu.load(shared.across.at[slot, h], layout=ROW, optimized=False)
-                    s = S[h] * tile(across)
+                    s = S[h] * tile(load(shared.across.at[slot, h], ROW))
                     if adding:
                         s += plgpu.load(shared.added.at[slot, wg, h], layout=WGMMA).astype(jnp.float32)
                     return s
