@@ -165,6 +165,7 @@ def _lay(inputs, q_layout: Layout, kv_layout: Layout):
 def _shard(cuts: list[_Cut], schedule, q_layout: Layout, kv_layout: Layout, uses, inputs, options):
     """Calls `_local` on each device's part of arrays in the order of the devices, in one of these cuts."""
     cut = cuts[0]
+    q_layout, kv_layout = (replace(x, length=x.tokens) for x in (q_layout, kv_layout))
     mask = lengthen(inputs.mask, q_layout.tokens, kv_layout.tokens)
     queries = Queries(inputs.q, inputs.q_segment_ids, inputs.q_positions, _lay_lists(mask, q_layout))
     keys = Keys(inputs.k, inputs.v, inputs.kv_segment_ids, inputs.kv_positions)
@@ -179,7 +180,7 @@ def _shard(cuts: list[_Cut], schedule, q_layout: Layout, kv_layout: Layout, uses
         pairs = uses.reshape(places, cut.ulysses, places, cut.ulysses).any((1, 3))
         return _Static(
             (schedule, schedule), cut.ulysses, Ring(cut.axis, places, cut.ulysses, pairs), tree, known,
-            q_layout.blocks(mask.bq), kv_layout.blocks(mask.bk), options,
+            q_layout, kv_layout, options,
         )  # fmt: skip
 
     rows = P(cut.batch, cut.axis, cut.heads)
@@ -213,10 +214,8 @@ def _lay_lists(mask: BlockMask, layout: Layout):
     """Rows of the lists in the order of the devices."""
     if not isinstance(mask, Lists):
         return None
-    lists = mask.index, mask.tag, mask.counts
-    if layout.consecutive:
-        return tuple(map(jnp.asarray, lists))
-    return tuple(jnp.take(jnp.asarray(x), layout.blocks(mask.bq).ravel(), axis=2) for x in lists)
+    lists = map(jnp.asarray, (mask.index, mask.tag, mask.counts))
+    return tuple(layout.of_blocks(mask.bq).apply(x, axis=2) for x in lists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,15 +227,32 @@ class _Static:
     ring: Ring
     tree: Any
     known: tuple
-    q_blocks: np.ndarray
-    kv_blocks: np.ndarray
+    q_layout: Layout  # without padding, as the next
+    kv_layout: Layout
     options: dict
+
+    @property
+    def whole(self) -> bool:
+        """Whether a device has all tokens of some heads, which it then puts in the order of the sequence.
+
+        In another order a mask of ranges becomes lists of larger blocks, and rows share fewer keys.
+        """
+        return self.ring.size == 1
+
+    def restore(self, queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
+        *tokens, lists = queries
+        if lists is not None:
+            rows = self.q_layout.of_blocks(self.q_layout.tokens // lists[2].shape[2])
+            lists = tuple(rows.restore(x, axis=2) for x in lists)
+        tokens, keys = jax.tree.map(self.q_layout.restore, tokens), jax.tree.map(self.kv_layout.restore, keys)
+        return Queries(*tokens, lists), keys
 
     def job(self, slope, traced) -> Job:
         traced = iter(traced)
         mask = jax.tree.unflatten(self.tree, [next(traced) if x is None else x for x in self.known])
-        places = self.ring.size
-        blocks = (x.reshape(places, -1) for x in (self.q_blocks, self.kv_blocks))
+        blocks = [self.q_layout.blocks(mask.bq), self.kv_layout.blocks(mask.bk)]
+        blocks = [x.reshape(self.ring.size, -1) for x in blocks]
+        blocks = [np.sort(x) for x in blocks] if self.whole else blocks
         job = Job(self.ring, mask, *blocks, slope, self.options)
         for name in set(self.schedules) - {"auto"}:
             if (reason := SCHEDULES[name].refuses(job)) is not None:
@@ -297,7 +313,12 @@ def _local(static: _Static, queries: Queries, keys: Keys, slope, traced):
     if static.ulysses == 1:
         return _attend(static, queries, keys, slope, traced)
     exchange = _Exchange(static.ring.axis, static.ulysses, lax.axis_size(static.ring.axis))
-    o, lse = _attend(static, *exchange.there(queries, keys, slope), traced)
+    queries, keys, slope = exchange.there(queries, keys, slope)
+    if static.whole:
+        o, lse = _attend(static, *static.restore(queries, keys), slope, traced)
+        o, lse = static.q_layout.apply(o), static.q_layout.apply(lse, axis=2)
+    else:
+        o, lse = _attend(static, queries, keys, slope, traced)
     return exchange.swap(o, 1, 2), exchange.swap(lse, 2, 1)
 
 

@@ -6,9 +6,10 @@ section 3.3.2) and by `striped` (blocks dealt round: Striped Attention, arXiv:23
 `contiguous`, whose keys are at most a neighbour away; `balanced` fits a given mask.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,10 @@ class Layout:
         order = self.order[..., None] * parts + np.arange(parts, dtype=np.int32)
         return order.reshape(self.devices, -1)
 
+    def of_blocks(self, size: int) -> "Layout":
+        """The same of arrays over blocks of `size` tokens, a divisor of `block`, instead of over tokens."""
+        return replace(self, block=self.block // size, length=-(-self.length // size))
+
     def apply(self, x: jax.Array, axis: int = 1, fill=0) -> jax.Array:
         """An array over the sequence's tokens in the order of the devices, padded with `fill`."""
         if x.shape[axis] != self.length:
@@ -97,19 +102,27 @@ class Layout:
         if self.tokens > self.length:
             widths = [(0, self.tokens - self.length) if i == axis else (0, 0) for i in range(x.ndim)]
             x = jnp.pad(x, widths, constant_values=fill)
-        return x if self.consecutive else self._take(x, self.order.ravel(), axis)
+        return x if self.consecutive else _permute(self, x, axis, inverse=False)
 
     def restore(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """The inverse of `apply`."""
         if not self.consecutive:
-            x = self._take(x, np.argsort(self.order.ravel()), axis)
+            x = _permute(self, x, axis, inverse=True)
         return jax.lax.slice_in_dim(x, 0, self.length, axis=axis)
 
-    def _take(self, x, order, axis):
-        axis %= x.ndim
-        shape = x.shape
-        x = x.reshape(*shape[:axis], -1, self.block, *shape[axis + 1 :])
-        return jnp.take(x, order, axis=axis).reshape(shape)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))
+def _permute(layout: Layout, x, axis: int, inverse: bool):
+    """The gradient is the other permutation: JAX would add up at its indices."""
+    shape, axis, order = x.shape, axis % x.ndim, layout.order.ravel()
+    x = x.reshape(*shape[:axis], -1, layout.block, *shape[axis + 1 :])
+    return jnp.take(x, np.argsort(order) if inverse else order, axis=axis).reshape(shape)
+
+
+_permute.defvjp(
+    lambda layout, x, axis, inverse: (_permute(layout, x, axis, inverse), None),
+    lambda layout, axis, inverse, _, dx: (_permute(layout, dx, axis, not inverse),),
+)
 
 
 def _contiguous(P: int, n: int, weights) -> np.ndarray:
