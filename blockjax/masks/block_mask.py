@@ -330,7 +330,10 @@ class BlockMask:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Ranges(BlockMask):
-    """Visited blocks are consecutive; everything follows from `predicate.interval`."""
+    """Visited blocks are consecutive; everything follows from `predicate.interval`.
+
+    `q_blocks` and `kv_blocks` ascend.
+    """
 
     predicate: Predicate
 
@@ -342,23 +345,29 @@ class Ranges(BlockMask):
 
     def bounds(self, row):
         """`lo, full_lo, full_hi, hi` int32: blocks `lo .. hi` are visited, `full_lo .. full_hi` full."""
-        q_first = self.q_offset + row * self.bq
+        q_first = self.q_start(row)
         q_last = q_first + self.bq - 1
         first, stop_of_first = self.predicate.interval(q_first)
         # The tokens of a ragged last row end early; the last real one has the widest reach.
-        q_end = self.q_offset + self.T - 1
+        q_end = self.q_offset + self.T - 1 if self.q_blocks is None else q_last
         xp = array_module(q_last, q_end, first)
         first_of_last, stop = self.predicate.interval(xp.minimum(q_last, q_end))
         first, stop, first_of_last, stop_of_first = (
             x - self.kv_offset for x in (first, stop, first_of_last, stop_of_first)
         )
         xp = array_module(first, stop)
-        lo = xp.clip(first // self.bk, 0, self.nk)
-        hi = xp.clip(-(-stop // self.bk), lo, self.nk)
+        blocks, whole = (self.nk, self.S // self.bk) if self.kv_blocks is None else (FAR, FAR)
+        lo = xp.clip(first // self.bk, 0, blocks)
+        hi = xp.clip(-(-stop // self.bk), lo, blocks)
         full_lo = xp.clip(-(-first_of_last // self.bk), lo, hi)
-        full_hi = xp.clip(xp.minimum(stop_of_first // self.bk, self.S // self.bk), full_lo, hi)
+        full_hi = xp.clip(xp.minimum(stop_of_first // self.bk, whole), full_lo, hi)
         full_hi = xp.where((row + 1) * self.bq <= self.T, full_hi, full_lo)
-        return tuple(xp.asarray(x, np.int32) for x in (lo, full_lo, full_hi, hi))
+        return tuple(_place(self.kv_blocks, xp.asarray(x, np.int32)) for x in (lo, full_lo, full_hi, hi))
+
+    def finer(self, bq: int, bk: int) -> "Ranges":
+        """The same in blocks of divisors of `bq` and `bk`."""
+        blocks = _split(self.q_blocks, self.bq // bq), _split(self.kv_blocks, self.bk // bk)
+        return replace(self, bq=bq, bk=bk, q_blocks=blocks[0], kv_blocks=blocks[1])
 
     def count(self, row):
         """Number of visited key blocks, `[1, 1]` int32."""
@@ -385,8 +394,8 @@ class Ranges(BlockMask):
         return xp.where((lo <= block) & (block < hi), tag, 0).astype(np.uint8)[None, None]
 
     def _visible_pairs(self) -> float:
-        first, stop = self.predicate.interval(self.q_offset + np.arange(self.T))
-        first, stop = (np.clip(x - self.kv_offset, 0, self.S) for x in (first, stop))
+        pq, pk = self.positions()
+        first, stop = (np.searchsorted(pk, x) for x in self.predicate.interval(pq))
         return float(np.maximum(stop - first, 0).sum())
 
     def _rows(self, start, count, piece):
@@ -486,6 +495,23 @@ def _geometry(T, S, bq, bk, q_offset, kv_offset) -> BlockMask:
 
 def _number(blocks, i):
     return i if blocks is None else array_module(blocks, i).take(blocks, i, mode="clip")
+
+
+def _place(blocks, number):
+    """How many of these ascending blocks come before that number."""
+    if blocks is None:
+        return number
+    xp = array_module(blocks, number)
+    # On an accelerator one fused comparison of all is faster than a search in steps.
+    method = {} if xp is np else dict(method="compare_all")
+    return xp.searchsorted(blocks, number, **method).astype(np.int32)
+
+
+def _split(blocks, parts: int):
+    """The numbers of all parts of these blocks."""
+    if blocks is None:
+        return None
+    return (blocks[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
 
 def _normal(tree):

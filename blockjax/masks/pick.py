@@ -13,18 +13,21 @@ from blockjax.masks.block_mask import BlockMask, Lists, Ranges, compact, from_ta
 from blockjax.masks.predicates import Between, array_module
 
 
-def pick(mask: BlockMask, q_blocks=None, kv_blocks=None) -> Lists:
-    """The mask of these blocks, in this order, as lists.
+def pick(mask: BlockMask, q_blocks=None, kv_blocks=None, ascending: bool = False) -> BlockMask:
+    """The mask of these blocks, in this order: lists, or ranges of a mask of such if numbers ascend.
 
     Args:
         mask: of whole blocks, see `lengthen`.
         q_blocks, kv_blocks: [m] and [n] distinct block numbers, possibly traced; None for all as they are.
+        ascending: both ascend, which cannot be told of traced ones.
     """
     q_numbers = _numbers(mask.q_blocks, mask.nq, q_blocks)
     kv_numbers = _numbers(mask.kv_blocks, mask.nk, kv_blocks)
     shared = {f.name: getattr(mask, f.name) for f in fields(BlockMask)}
     shared |= dict(T=len(q_numbers) * mask.bq, S=len(kv_numbers) * mask.bk)
     base = BlockMask(**shared | dict(q_blocks=q_numbers, kv_blocks=kv_numbers))
+    if isinstance(mask, Ranges) and ascending:
+        return Ranges(**vars(base), predicate=mask.predicate)
     if isinstance(mask, Ranges):
         kind = mask.classify(mask.predicate, q_numbers[:, None], kv_numbers)
         return from_tags(kind_to_tag(kind)[None, None], mask.predicates, base)

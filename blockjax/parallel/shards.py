@@ -54,13 +54,18 @@ class Job:
     def consecutive(self) -> bool:
         return all((x.ravel() == np.arange(x.size)).all() for x in (self.q_blocks, self.kv_blocks))
 
+    @property
+    def ascending(self) -> bool:
+        """Whether each place holds its blocks in the order of the sequence."""
+        return all((np.diff(x) > 0).all() for x in (self.q_blocks, self.kv_blocks))
+
     def piece(self, lists, q_place, kv_place) -> BlockMask:
         """The mask of one place's queries and another's keys, or all keys as the places hold them."""
         mask, nq, nk = self.mask, self.q_blocks.shape[1], self.kv_blocks.shape[1]
         rows = jnp.asarray(self.q_blocks)[q_place]
         blocks = self.kv_blocks.ravel() if kv_place is None else jnp.asarray(self.kv_blocks)[kv_place]
         if isinstance(mask, Ranges) and not self.consecutive:
-            return pick(mask, rows, blocks)
+            return pick(mask, rows, blocks, self.ascending and kv_place is not None)
         if isinstance(mask, Ranges):
             mask = mask.rows(q_place * nq, nq)
         else:

@@ -5,7 +5,6 @@ The kernels import Mosaic GPU, which this module does only when it is called.
 
 import functools
 import re
-from dataclasses import replace
 
 import jax.numpy as jnp
 from blockjax.kernels.block_sparse_attention.spec import Cotangents, Gradients, Inputs, Options, Spec, Tiles
@@ -140,7 +139,7 @@ def _prepare(inputs: Inputs, options: Options):
     mask = inputs.mask
     if isinstance(mask, Ranges):
         # Nothing is stored, so the finest tiles are free.
-        inputs = inputs._replace(mask=replace(mask, bq=min(mask.bq, TILE), bk=min(mask.bk, TILE)))
+        inputs = inputs._replace(mask=mask.finer(min(mask.bq, TILE), min(mask.bk, TILE)))
     if inputs.slope is None and all(isinstance(x, Everything) for x in mask.predicates):
         # Nothing asks where tokens are, and the compiler finds no layout for what nobody uses.
         inputs = inputs._replace(q_positions=None, kv_positions=None)
