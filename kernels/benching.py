@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,10 +20,13 @@ WAYS = "fwd", "fwd_bwd"
 
 
 def interleaved(runs: list[tuple[Callable, Callable]], rounds: int, calls: int = 1) -> list[float]:
-    """Median milliseconds of each (start, wait): in each round, `calls` starts in a row and one wait."""
-    times = [[] for _ in runs]
+    """Median milliseconds of each (start, wait): in each round, `calls` starts in a row and one wait.
+
+    Each round has an order of its own: clocks depend on what ran just before.
+    """
+    times, shuffled = [[] for _ in runs], random.Random(0)
     for _ in range(rounds + 1):
-        for (start, wait), taken in zip(runs, times, strict=True):
+        for (start, wait), taken in shuffled.sample([*zip(runs, times, strict=True)], len(runs)):
             begin = time.perf_counter()
             for _ in range(calls):
                 out = start()

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import jax.numpy as jnp
 import numpy as np
 
-from blockjax.masks.block_mask import BlockMask, Lists, Ranges, compact, from_tags, kind_to_tag
+from blockjax.masks.block_mask import BlockMask, Ranges, compact, from_tags, kind_to_tag
 from blockjax.masks.predicates import Between, array_module
 
 

@@ -18,7 +18,7 @@ from blockjax.kernels.block_sparse_attention.hopper import schedule
 from blockjax.kernels.block_sparse_attention.spec import Spec
 from blockjax.kernels.platforms import Target
 
-from blockjax.masks import Between, BlockMask, Causal, Window
+from blockjax.masks import Between, BlockMask, Causal, Window, pick
 from blockjax.models.transformer import REMAT
 from tests.kernels.block_sparse_attention_suite import (
     MASKS,
@@ -72,6 +72,11 @@ def halo(start):
     return replace(mask, predicate=mask.predicate & Between(0, 512)).rows(start, 2).columns(start - 1, 3)
 
 
+def picked(blocks):
+    """Of a device that holds blocks from several places of the sequence."""
+    return pick(BlockMask.causal(2048, bq=512, bk=512), blocks, blocks, ascending=True)
+
+
 def traced_lists(listed):
     return BlockMask.from_block_bool(listed, predicate=Causal())
 
@@ -105,6 +110,7 @@ LOWERED = {
     ),
     "traced lists": (dict(), traced_lists, (jax.ShapeDtypeStruct((4, 2, 2), "bool"),), ("positions",)),
     "between": (dict(), halo, (jax.ShapeDtypeStruct((), "int32"),), ()),
+    "picked": (dict(), picked, (jax.ShapeDtypeStruct((2,), "int32"),), ("segments",)),
     "and": (dict(), BlockMask.chunked(256, size=100) & BlockMask.causal(256), (), ()),
     "or": (
         dict(),
@@ -182,7 +188,9 @@ def lowered_kernels(shapes, mask, traced, options) -> int:
 
 @pytest.mark.usefixtures("for_hopper")
 @pytest.mark.parametrize("name", LOWERED)
-@pytest.mark.sample("128 ranges", "64 and 256, ragged", "gathered queries", "packed 16", "or", "between")
+@pytest.mark.sample(
+    "128 ranges", "64 and 256, ragged", "gathered queries", "packed 16", "or", "between", "picked"
+)
 def test_lowers(name):
     assert lowered_kernels(*LOWERED[name]) == 3
 
@@ -275,6 +283,11 @@ class TestHopper(AttentionSuite):
     @pytest.mark.parametrize("name", [name for name in MASKS if name != "wide-blocks"])
     def test_masks(self, name):
         super().test_masks(name)
+
+    @pytest.mark.parametrize("left", [700, 2048])
+    def test_blocks_of_several_places(self, left):
+        whole = BlockMask.window(2048, left=left, bq=512, bk=512)
+        self.compare(pick(whole, np.array([1, 2]), np.array([0, 2, 3]), ascending=True))
 
     def test_everything_at_once(self):
         super().test_everything_at_once(Hv=128)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import AxisType
 
 from blockjax import partials
 from blockjax.errors import UsageError
-from blockjax.masks import BlockMask, Causal
+from blockjax.masks import BlockMask, Causal, Ranges
 from blockjax.parallel import circulate
 from blockjax.parallel.attention import attention
 from blockjax.parallel.layouts import LAYOUTS, Layout, lockstep, work
@@ -191,6 +192,35 @@ def test_ulysses(schedule, layout, N, K, P, ulysses):
     arrays = dict(q_segment_ids=np.sort(np.random.default_rng(0).integers(-1, 4, (2, T))))
     learned = dict(slope=jnp.geomspace(0.5, 0.01, N))
     compare(P, mask, N, K, learned, arrays, schedule=schedule, layout=layout, ulysses=ulysses)
+
+
+def test_ranges_stay_ranges(monkeypatch):
+    """Lists are of larger blocks, and take time to make."""
+    seen = []
+
+    def forward(inputs, options):
+        seen.append(inputs.mask)
+        return DENSE.forward_pass(inputs, options)
+
+    backend = types.SimpleNamespace(**vars(DENSE) | dict(forward_pass=forward))
+    monkeypatch.setattr(api, "BACKENDS", {"dense": backend})
+    mask = BlockMask.causal(64, **BLOCKS)
+    for how in (dict(ulysses=4), dict(ulysses=1, schedule="ring")):
+        call = functools.partial(attention, mask=mask, mesh=mesh_of(4), layout="zigzag", **how)
+        jax.eval_shape(call, *make(mask, 4, 4)[0])
+    assert len(seen) == 1 + 4
+    assert all(isinstance(mask, Ranges) for mask in seen)
+    assert seen[0].q_blocks is None
+
+
+def test_gradients_of_a_layout_are_a_permutation():
+    layout = Layout.of("zigzag", 32, 4, 4)
+    x, dy = (jnp.arange(start, start + 64.0).reshape(2, 32) for start in (0, 100))
+    y, pullback = jax.vjp(layout.apply, x)
+    np.testing.assert_array_equal(layout.restore(y), x)
+    np.testing.assert_array_equal(pullback(dy)[0], layout.restore(dy))
+    np.testing.assert_array_equal(jax.vjp(layout.restore, y)[1](dy)[0], layout.apply(dy))
+    assert "scatter" not in str(jax.make_jaxpr(pullback)(dy))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
