@@ -363,14 +363,15 @@ def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
         high, wide, figsize=(3.2 * wide, 2.9 * high), layout="constrained", sharey=True, squeeze=False
     )
     names = list(dict.fromkeys(row["schedule"] for rows in results.values() for row in rows))[1:]
+    least = min(row.get("efficiency", 1) for rows in results.values() for row in rows)
     for ax, (case, rows) in zip(axes.flat, results.items(), strict=False):
         for i, name in enumerate(names):
-            own = [row for row in rows if row["schedule"] == name]
+            own = [row for row in rows if row["schedule"] == name and "efficiency" in row]
             if own:
                 points = [(1, 1.0), *((row["devices"], row["efficiency"]) for row in own)]
                 ax.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=name, markersize=4)
         ax.axhline(1, color="#a0aec0", linewidth=0.8)
-        ax.set(title=case, xlabel="devices", xscale="log", ylim=(0, 1.1))
+        ax.set(title=case, xlabel="devices", xscale="log", ylim=(np.floor(10 * least) / 10, 1.1))
         ax.set_xticks(sizes := sorted({row["devices"] for row in rows}), labels=sizes)
         ax.minorticks_off()
     for ax in axes.flat[len(results) :]:

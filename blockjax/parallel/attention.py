@@ -227,7 +227,7 @@ class _Static:
     ring: Ring
     tree: Any
     known: tuple
-    q_layout: Layout  # without padding, as the next
+    q_layout: Layout  # of padded arrays, both
     kv_layout: Layout
     options: dict
 

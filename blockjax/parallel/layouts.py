@@ -1,9 +1,10 @@
 """Which blocks of a sequence each device holds.
 
-A layout permutes whole blocks, so that a mask's lists stay lists and positions are one number a block. Causal
-attention is balanced by `zigzag` (each device one early and one late chunk: Llama 3, arXiv:2407.21783,
-section 3.3.2) and by `striped` (blocks dealt round: Striped Attention, arXiv:2311.09431). Windows want
-`contiguous`, whose keys are at most a neighbour away; `balanced` fits a given mask.
+A layout permutes whole blocks, so that a mask's lists stay lists and positions are one number a block; each
+device has its own in the order of the sequence, so that ranges stay ranges. Causal attention is balanced by
+`zigzag` (each device one early and one late chunk: Llama 3, arXiv:2407.21783, section 3.3.2) and by `striped`
+(blocks dealt round: Striped Attention, arXiv:2311.09431). Windows want `contiguous`, whose keys are at most a
+neighbour away; `balanced` fits a given mask.
 """
 
 import functools
