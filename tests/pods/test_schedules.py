@@ -27,12 +27,14 @@ for found in collectives(Program(jax.jit(scattered).lower(x).compile().as_text()
     print(found.kind, found.sent)
 """
 
-# Of each transfer, how many kernels start while it is under way.
+# Of each transfer, how many kernels start while it is under way. What fits into the fast memory is sent while
+# results are laid out, without a kernel.
 HIDDEN = """
-mask, layout = BlockMask.causal(4096, bq=128, bk=128), Layout.of("zigzag", 4096, 4, 128)
+T = 65536
+mask, layout = BlockMask.causal(T, bq=512, bk=512), Layout.of("zigzag", T, 4, 512)
 def forward(q, k, v):
     return attention(q, k, v, mask, mesh=mesh, schedule="ring", layout=layout)
-qkv = [array((1, 4096, n, 128), jnp.bfloat16, P(None, "seq")) for n in (8, 4, 4)]
+qkv = [array((1, T, n, 128), jnp.bfloat16, P(None, "seq")) for n in (8, 4, 4)]
 def backward(q, k, v, do):
     return jax.vjp(forward, q, k, v)[1](do)
 with jax.set_mesh(mesh):
