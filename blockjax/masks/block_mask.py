@@ -25,6 +25,7 @@ import numpy as np
 
 from blockjax.errors import UsageError
 from blockjax.masks import views
+from blockjax.masks.blocks import count_before, number, split
 from blockjax.masks.predicates import (
     EMPTY,
     FAR,
@@ -53,7 +54,7 @@ class BlockMask:
 
     `T`, `S` tokens, `bq`, `bk` tokens a block, `q_offset`, `kv_offset` the position of the first token
     on each side (leaves, possibly traced). `q_blocks` [nq] and `kv_blocks` [nk] int32: which blocks of the
-    sequence these are, None for consecutive ones; both or neither, and only of lists: see `pick`.
+    sequence these are, None for consecutive ones; both or neither: see `pick`.
     """
 
     T: int = _static()
@@ -283,11 +284,11 @@ class BlockMask:
 
     def q_start(self, row):
         """Position of the first token of a row of query blocks."""
-        return self.q_offset + _number(self.q_blocks, row) * self.bq
+        return self.q_offset + number(self.q_blocks, row) * self.bq
 
     def kv_start(self, block):
         """Position of the first token of a key block."""
-        return self.kv_offset + _number(self.kv_blocks, block) * self.bk
+        return self.kv_offset + number(self.kv_blocks, block) * self.bk
 
     def positions(self):
         """Of each token, [T] and [S]."""
@@ -356,18 +357,20 @@ class Ranges(BlockMask):
             x - self.kv_offset for x in (first, stop, first_of_last, stop_of_first)
         )
         xp = array_module(first, stop)
-        blocks, whole = (self.nk, self.S // self.bk) if self.kv_blocks is None else (FAR, FAR)
-        lo = xp.clip(first // self.bk, 0, blocks)
-        hi = xp.clip(-(-stop // self.bk), lo, blocks)
+        picked = self.kv_blocks is not None
+        most, whole = (FAR, FAR) if picked else (self.nk, self.S // self.bk)
+        lo = xp.clip(first // self.bk, 0, most)
+        hi = xp.clip(-(-stop // self.bk), lo, most)
         full_lo = xp.clip(-(-first_of_last // self.bk), lo, hi)
         full_hi = xp.clip(xp.minimum(stop_of_first // self.bk, whole), full_lo, hi)
         full_hi = xp.where((row + 1) * self.bq <= self.T, full_hi, full_lo)
-        return tuple(_place(self.kv_blocks, xp.asarray(x, np.int32)) for x in (lo, full_lo, full_hi, hi))
+        bounds = (xp.asarray(x, np.int32) for x in (lo, full_lo, full_hi, hi))
+        return tuple(count_before(self.kv_blocks, x) if picked else x for x in bounds)
 
     def finer(self, bq: int, bk: int) -> "Ranges":
         """The same in blocks of divisors of `bq` and `bk`."""
-        blocks = _split(self.q_blocks, self.bq // bq), _split(self.kv_blocks, self.bk // bk)
-        return replace(self, bq=bq, bk=bk, q_blocks=blocks[0], kv_blocks=blocks[1])
+        q_blocks = split(self.q_blocks, self.bq // bq)
+        return replace(self, bq=bq, bk=bk, q_blocks=q_blocks, kv_blocks=split(self.kv_blocks, self.bk // bk))
 
     def count(self, row):
         """Number of visited key blocks, `[1, 1]` int32."""
@@ -491,27 +494,6 @@ def _geometry(T, S, bq, bk, q_offset, kv_offset) -> BlockMask:
     return BlockMask(
         T=int(T), S=int(S), bq=int(bq), bk=int(bk), q_offset=_normal(q_offset), kv_offset=_normal(kv_offset)
     )
-
-
-def _number(blocks, i):
-    return i if blocks is None else array_module(blocks, i).take(blocks, i, mode="clip")
-
-
-def _place(blocks, number):
-    """How many of these ascending blocks come before that number."""
-    if blocks is None:
-        return number
-    xp = array_module(blocks, number)
-    # On an accelerator one fused comparison of all is faster than a search in steps.
-    method = {} if xp is np else dict(method="compare_all")
-    return xp.searchsorted(blocks, number, **method).astype(np.int32)
-
-
-def _split(blocks, parts: int):
-    """The numbers of all parts of these blocks."""
-    if blocks is None:
-        return None
-    return (blocks[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
 
 def _normal(tree):

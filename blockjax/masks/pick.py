@@ -26,9 +26,9 @@ def pick(mask: BlockMask, q_blocks=None, kv_blocks=None, ascending: bool = False
     shared = {f.name: getattr(mask, f.name) for f in fields(BlockMask)}
     shared |= dict(T=len(q_numbers) * mask.bq, S=len(kv_numbers) * mask.bk)
     base = BlockMask(**shared | dict(q_blocks=q_numbers, kv_blocks=kv_numbers))
-    if isinstance(mask, Ranges) and ascending:
-        return Ranges(**vars(base), predicate=mask.predicate)
     if isinstance(mask, Ranges):
+        if ascending:
+            return Ranges(**vars(base), predicate=mask.predicate)
         kind = mask.classify(mask.predicate, q_numbers[:, None], kv_numbers)
         return from_tags(kind_to_tag(kind)[None, None], mask.predicates, base)
     index, tag = mask.index, mask.tag

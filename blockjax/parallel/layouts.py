@@ -18,6 +18,7 @@ import numpy as np
 
 from blockjax.errors import UsageError, nearest
 from blockjax.masks import BlockMask, Lists
+from blockjax.masks.blocks import split
 from blockjax.masks.predicates import is_concrete
 
 
@@ -88,9 +89,7 @@ class Layout:
 
     def blocks(self, size: int) -> np.ndarray:
         """`order` in blocks of `size` tokens, a divisor of `block`."""
-        parts = self.block // size
-        order = self.order[..., None] * parts + np.arange(parts, dtype=np.int32)
-        return order.reshape(self.devices, -1)
+        return split(self.order, self.block // size)
 
     def of_blocks(self, size: int) -> "Layout":
         """The same of arrays over blocks of `size` tokens, a divisor of `block`, instead of over tokens."""

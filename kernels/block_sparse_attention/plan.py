@@ -17,6 +17,7 @@ import numpy as np
 from blockjax.kernels.block_sparse_attention.spec import Inputs
 
 from blockjax.masks import FULL_TAG, Ranges
+from blockjax.masks.blocks import count_before
 from blockjax.masks.predicates import array_module
 
 TAG_BITS = 7
@@ -145,12 +146,10 @@ def _range_columns(inputs: Inputs) -> RangeWalk:
     mask = inputs.mask
     lo, full_lo, full_hi, hi = mask.bounds(np.arange(mask.nq))
     xp, block = array_module(lo, full_lo), np.arange(mask.nk)
-    # On an accelerator one fused comparison of all is faster than a search in steps.
-    method = {} if xp is np else dict(method="compare_all")
-    first, stop = (xp.searchsorted(x, block, side="right", **method) for x in (hi, lo))
+    first, stop = (count_before(x, block, side="right") for x in (hi, lo))
     # A ragged last row has no full tile, and its bounds say so out of order.
     whole = mask.T // mask.bq if promised(inputs) else 0
-    full = (xp.searchsorted(x[:whole], block, side="right", **method) for x in (full_hi, full_lo))
+    full = (count_before(x[:whole], block, side="right") for x in (full_hi, full_lo))
     full_first, full_stop = (xp.clip(x, first, stop) for x in full)
     return _bounds(first, full_first, xp.maximum(full_first, full_stop), stop)
 
